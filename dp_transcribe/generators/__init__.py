@@ -1,0 +1,19 @@
+"""Sources of synthetic queries: procedural generators and trainable ones."""
+
+from dp_transcribe.generators.base import ProceduralGenerator
+from dp_transcribe.generators.dead_leaves import DeadLeaves
+from dp_transcribe.generators.mixture import Mixture
+from dp_transcribe.generators.power_law_noise import PowerLawNoise
+from dp_transcribe.generators.random_strokes import RandomStrokes
+from dp_transcribe.generators.silhouettes import Silhouettes
+from dp_transcribe.generators.smooth_noise import SmoothNoise
+
+__all__ = [
+    "DeadLeaves",
+    "Mixture",
+    "PowerLawNoise",
+    "ProceduralGenerator",
+    "RandomStrokes",
+    "Silhouettes",
+    "SmoothNoise",
+]
