@@ -34,6 +34,8 @@ REQUIRES = [
 EXTRAS = {
     "gpu": ["tensorflow[and-cuda]==2.21.*"],
     "examples": ["mlxtend==0.23.4"],
+    # The client of TensorFlow Serving's gRPC interface (serving/README.md).
+    "serving": ["tensorflow-serving-api==2.21.*"],
     # The converters and runtimes that load an exported student in the tests.
     "test": [
         "pytest>=8,<10",
@@ -41,6 +43,7 @@ EXTRAS = {
         "tf2onnx==1.17.0",
         "onnxruntime>=1.22,<2",
         "openvino>=2025.0",
+        "tensorflow-serving-api==2.21.*",
     ],
     "dev": [
         "ruff>=0.12,<1",
