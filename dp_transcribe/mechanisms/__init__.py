@@ -1,0 +1,1 @@
+"""Mechanisms: everything that lets an answer of the teacher out."""

@@ -1,0 +1,22 @@
+"""Per-example gradients of a student, bounded and summed."""
+
+from dp_transcribe.mechanisms.clipping.bound import Bound, ClippedSum
+from dp_transcribe.mechanisms.clipping.step import clipped_gradient_sum
+from dp_transcribe.mechanisms.clipping.validate import (
+    BatchNormalizationError,
+    HalfPrecisionError,
+    RegularizationError,
+    UnsupportedStudentError,
+    check_student,
+)
+
+__all__ = [
+    "BatchNormalizationError",
+    "Bound",
+    "ClippedSum",
+    "HalfPrecisionError",
+    "RegularizationError",
+    "UnsupportedStudentError",
+    "check_student",
+    "clipped_gradient_sum",
+]

@@ -1,0 +1,142 @@
+"""Per-example gradients of one variable, in forms that avoid writing them out.
+
+Every form knows three things: the squared norm of each example's gradient, the
+weighted sum over the batch, and how to write itself out when forms must be added.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import tensorflow as tf
+
+
+class PerExampleGradient(Protocol):
+    """The gradients of one variable, one for each example of the batch."""
+
+    def squared_norms(self) -> tf.Tensor:
+        """Returns `[batch]` float32."""
+
+    def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
+        """Returns the sum over the batch, with `weights` `[batch]`, float32."""
+
+    def explicit(self) -> Explicit:
+        """Returns the same gradients written out."""
+
+    def map(self, fn: Callable[[tf.Tensor], tf.Tensor]) -> PerExampleGradient:
+        """Returns a copy with `fn` applied to every `[batch, ...]` tensor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Explicit:
+    """Gradients written out.
+
+    Attributes:
+        values: `[batch, n]` float32, any layout whose flat order is the variable's.
+        shape: the variable's shape.
+    """
+
+    values: tf.Tensor
+    shape: tuple[int, ...]
+
+    def squared_norms(self) -> tf.Tensor:
+        """Returns `[batch]` float32."""
+        return tf.reduce_sum(tf.square(self.values), axis=1)
+
+    def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
+        """Returns the sum over the batch, in the variable's shape."""
+        return tf.reshape(tf.linalg.matvec(self.values, weights, True), self.shape)
+
+    def explicit(self) -> Explicit:
+        """Returns itself."""
+        return self
+
+    def map(self, fn: Callable[[tf.Tensor], tf.Tensor]) -> Explicit:
+        """Returns a copy with `fn` applied to the values."""
+        return dataclasses.replace(self, values=fn(self.values))
+
+
+@dataclasses.dataclass(frozen=True)
+class Factored:
+    """Gradients of a matrix as sums over positions of outer products.
+
+    Attributes:
+        inputs: `[batch, positions, rows]` float32.
+        deltas: `[batch, positions, columns]` float32.
+        shape: the variable's shape, of rows times columns elements.
+
+    References:
+        Goodfellow 2015, arXiv:1510.01799 (one position); Li et al. 2021,
+        arXiv:2110.05679 (the Gram form); Bu et al. 2022, arXiv:2210.00038
+        (book-keeping).
+    """
+
+    inputs: tf.Tensor
+    deltas: tf.Tensor
+    shape: tuple[int, ...]
+
+    def squared_norms(self) -> tf.Tensor:
+        """Returns `[batch]` float32, from the Gram matrices over positions."""
+        if self.inputs.shape[1] == 1:
+            inputs = tf.reduce_sum(tf.square(self.inputs), axis=(1, 2))
+            return inputs * tf.reduce_sum(tf.square(self.deltas), axis=(1, 2))
+        inputs = tf.matmul(self.inputs, self.inputs, transpose_b=True)
+        deltas = tf.matmul(self.deltas, self.deltas, transpose_b=True)
+        # Rounding can leave a sum that should be zero below it.
+        return tf.maximum(tf.reduce_sum(inputs * deltas, axis=(1, 2)), 0.0)
+
+    def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
+        """Returns the sum over the batch, in the variable's shape."""
+        deltas = tf.math.multiply_no_nan(self.deltas, weights[:, None, None])
+        inputs = tf.reshape(self.inputs, [-1, self.inputs.shape[2]])
+        deltas = tf.reshape(deltas, [-1, self.deltas.shape[2]])
+        return tf.reshape(tf.matmul(inputs, deltas, transpose_a=True), self.shape)
+
+    def explicit(self) -> Explicit:
+        """Returns the same gradients written out."""
+        values = tf.matmul(self.inputs, self.deltas, transpose_a=True)
+        size = self.inputs.shape[2] * self.deltas.shape[2]
+        return Explicit(tf.reshape(values, [-1, size]), self.shape)
+
+    def map(self, fn: Callable[[tf.Tensor], tf.Tensor]) -> Factored:
+        """Returns a copy with `fn` applied to inputs and deltas."""
+        return dataclasses.replace(self, inputs=fn(self.inputs), deltas=fn(self.deltas))
+
+
+def outer(
+    inputs: tf.Tensor, deltas: tf.Tensor, shape: tuple[int, ...]
+) -> PerExampleGradient:
+    """Returns the cheaper form of a sum over positions of outer products.
+
+    Args:
+        inputs: `[batch, positions, rows]`.
+        deltas: `[batch, positions, columns]`.
+        shape: the variable's shape.
+    """
+    factored = Factored(to_float32(inputs), to_float32(deltas), shape)
+    positions, rows = inputs.shape[1], inputs.shape[2]
+    columns = deltas.shape[2]
+    gram = positions is None or positions == 1
+    if gram or positions * (rows + columns) <= rows * columns:
+        return factored
+    return factored.explicit()
+
+
+def add(gradients: Sequence[PerExampleGradient]) -> PerExampleGradient:
+    """Returns the sum of several gradients of one variable: it was used repeatedly."""
+    first, *rest = gradients
+    if not rest:
+        return first
+    if all(isinstance(g, Factored) for g in gradients):
+        inputs = tf.concat([g.inputs for g in gradients], axis=1)
+        deltas = tf.concat([g.deltas for g in gradients], axis=1)
+        return outer(inputs, deltas, first.shape)
+    parts = [g.explicit() for g in gradients]
+    return Explicit(tf.add_n([p.values for p in parts]), parts[0].shape)
+
+
+def to_float32(tensor: tf.Tensor) -> tf.Tensor:
+    """Casts to float32, in which norms and sums are always computed."""
+    return tf.cast(tensor, tf.float32)

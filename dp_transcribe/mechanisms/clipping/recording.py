@@ -1,0 +1,110 @@
+"""One forward pass that remembers every trainable layer's pre-activation.
+
+The student's graph is cloned once with each layer that holds weights wrapped in a
+`Recorder`. Inside a `Recording`, a recorder computes its layer by the layer's rule,
+which taps the pre-activation; outside of one it calls the layer as it is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from dp_transcribe.mechanisms.clipping.per_example import PerExampleGradient
+
+# From the gradient at a pre-activation to (variable, its per-example gradients).
+Backward = Callable[[tf.Tensor], list[tuple[keras.Variable, PerExampleGradient]]]
+Rule = Callable[..., Any]
+
+_active = threading.local()
+
+
+class Recording:
+    """The taps of one forward pass; a context manager, one per thread.
+
+    Args:
+        variables: the variables whose gradients are wanted.
+    """
+
+    def __init__(self, variables: Iterable[keras.Variable]) -> None:
+        self._wanted = {id(v) for v in variables}
+        self._tape = tf.GradientTape(watch_accessed_variables=False)
+        self._taps: list[tuple[tf.Tensor, Backward]] = []
+
+    def wants(self, variable: keras.Variable | None) -> bool:
+        """Whether the gradient of `variable` is wanted."""
+        return variable is not None and id(variable) in self._wanted
+
+    def tap(
+        self,
+        output: tf.Tensor,
+        backward: Backward,
+        variables: Sequence[keras.Variable | None],
+    ) -> None:
+        """Remembers a pre-activation and what turns its gradient into theirs."""
+        if any(self.wants(v) for v in variables):
+            self._tape.watch(output)
+            self._taps.append((output, backward))
+
+    def gradients(
+        self, losses: tf.Tensor
+    ) -> list[tuple[keras.Variable, PerExampleGradient]]:
+        """Goes back from `losses` `[batch]` to the pre-activations, once."""
+        outputs = [output for output, _ in self._taps]
+        deltas = self._tape.gradient(
+            losses, outputs, unconnected_gradients=tf.UnconnectedGradients.ZERO
+        )
+        return [
+            (variable, gradient)
+            for delta, (_, backward) in zip(deltas, self._taps, strict=True)
+            for variable, gradient in backward(delta)
+            if self.wants(variable)
+        ]
+
+    def __enter__(self) -> Recording:
+        """Starts recording in this thread."""
+        self._outer = getattr(_active, "recording", None)
+        _active.recording = self
+        self._tape.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """Stops recording."""
+        self._tape.__exit__(*exception)
+        _active.recording = self._outer
+
+
+class Recorder(keras.layers.Layer):
+    """Calls a layer, by its rule when a recording is under way.
+
+    Args:
+        layer: the layer to call.
+        rule: `rule(layer, recording, *args, training=..., **kwargs)` returns the
+            layer's outputs and taps its pre-activations.
+    """
+
+    def __init__(self, layer: keras.layers.Layer, rule: Rule) -> None:
+        super().__init__(name=layer.name, dtype=layer.dtype_policy)
+        self.layer = layer
+        self.rule = rule
+        self.supports_masking = layer.supports_masking
+        self.built = True
+
+    def call(
+        self, inputs: Any, *args: Any, training: bool | None = None, **kwargs: Any
+    ) -> Any:
+        """Calls the layer."""
+        recording = getattr(_active, "recording", None)
+        if recording is None:
+            return self.layer(inputs, *args, **kwargs)
+        return self.rule(
+            self.layer, recording, inputs, *args, training=training, **kwargs
+        )
+
+    def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
+        """Returns the layer's mask."""
+        return self.layer.compute_mask(inputs, previous_mask)
