@@ -12,7 +12,7 @@ Privacy:
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import dp_accounting
 import numpy as np
@@ -21,14 +21,27 @@ from dp_accounting.rdp import rdp_privacy_accountant as rdp_lib
 from scipy import special
 
 from dp_transcribe import _validate
-from dp_transcribe.privacy.events import Event, PureDpEvent, check_event, leaves
+from dp_transcribe.privacy.events import (
+    SAMPLED_EVENTS,
+    Event,
+    PureDpEvent,
+    check_event,
+    leaves,
+)
 from dp_transcribe.privacy.units import Relation, accounting_relation
 
 ACCOUNTANTS = ("rdp", "pld")
 
+_ORDERS = tuple(float(order) for order in rdp_lib.DEFAULT_RDP_ORDERS)
 # Asked only where the best of dp_accounting's own orders is its last one: without
 # them no epsilon below about 0.0035 (at delta 1e-5) can be certified.
-_LARGE_ORDERS = tuple(float(2**power) for power in range(11, 14))
+_MORE_ORDERS = (*_ORDERS, *(float(2**power) for power in range(11, 14)))
+
+# Added to the divergence of each sampled release, at whole and at fractional
+# orders. dp_accounting sums series there whose rounding and truncation (measured
+# against 60 digits: 6e-17 and 1e-12) exceed the divergence itself when the sampling
+# probability is tiny; a divergence rounded to zero would read as epsilon 0.
+_SLACK_WHOLE, _SLACK_FRACTIONAL = 1e-15, 1e-11
 
 # Below this a Gaussian is reported as not private: dp_accounting would divide by
 # the square of it.
@@ -39,6 +52,10 @@ _SMALLEST_NOISE = 1e-100
 _LOSS_INTERVAL = 1e-4
 _INTERVAL_GROWS_FROM = 5.0
 _LARGEST_EPSILON_FOR_PLD = 1e4
+
+# The transforms that compose distributions err by about 1e-13 in delta, so that a
+# PLD says nothing about a smaller one; the answer is then that of "rdp".
+_SMALLEST_DELTA_FOR_PLD = 1e-10
 
 # Outside of this range a pure epsilon is added instead of convolved: rounding or a
 # probability of exactly zero would make the distribution worthless.
@@ -123,9 +140,13 @@ def _epsilon(
         rest = tuple(r for r in releases if not isinstance(r[0], PureDpEvent))
         basic = _epsilon(rest, relation, delta, "rdp") + _sum_of_pure(pure)
         epsilon = min(epsilon, basic)
-    if accountant == "pld" and epsilon <= _LARGEST_EPSILON_FOR_PLD:
+    if accountant == "pld" and _pld_is_worth_it(epsilon, delta):
         epsilon = min(epsilon, _pld_epsilon(releases, delta, epsilon))
     return max([epsilon, *(event.epsilon for event, _ in pure)])
+
+
+def _pld_is_worth_it(epsilon: float, delta: float) -> bool:
+    return epsilon <= _LARGEST_EPSILON_FOR_PLD and delta >= _SMALLEST_DELTA_FOR_PLD
 
 
 def _has_no_noise(event: Event) -> bool:
@@ -141,38 +162,32 @@ def _sum_of_pure(releases: Releases) -> float:
 
 
 def _rdp_epsilon(releases: Releases, relation: Relation, delta: float) -> float:
-    orders = np.array(rdp_lib.DEFAULT_RDP_ORDERS, dtype=np.float64)
-    epsilon, order = _rdp_epsilon_at(orders, releases, relation, delta)
-    if order == orders[-1]:
-        more = np.append(orders, _LARGE_ORDERS)
-        epsilon, _ = _rdp_epsilon_at(more, releases, relation, delta)
+    epsilon, order = _rdp_epsilon_at(_ORDERS, releases, relation, delta)
+    if order == _ORDERS[-1]:
+        epsilon, _ = _rdp_epsilon_at(_MORE_ORDERS, releases, relation, delta)
     return float(epsilon)
 
 
 def _rdp_epsilon_at(
-    orders: np.ndarray, releases: Releases, relation: Relation, delta: float
+    orders: tuple[float, ...], releases: Releases, relation: Relation, delta: float
 ) -> tuple[float, float]:
     """Best epsilon and the order it was found at."""
-    accountant = rdp_lib.RdpAccountant(orders, accounting_relation(relation))
-    pure = np.zeros_like(orders)
-    for event, count in releases:
-        if isinstance(event, PureDpEvent):
-            pure += count * _rdp_of_pure(event.epsilon, orders)
-        else:
-            _compose(accountant, event, count, relation)
-    # Rounding leaves values such as -1e-17 for very small sampling probabilities.
-    divergences = np.maximum(accountant.rdp + pure, 0.0)
+    relation = accounting_relation(relation)
+    divergences = sum(
+        count * _rdp(event, relation, orders) for event, count in releases
+    )
     return rdp_lib.compute_epsilon(orders, divergences, delta)
 
 
-def _compose(
-    accountant: dp_accounting.PrivacyAccountant,
-    event: dp_accounting.DpEvent,
-    count: int,
-    relation: Relation,
-) -> None:
+@functools.lru_cache(maxsize=256)
+def _rdp(event: Event, relation: Relation, orders: tuple[float, ...]) -> np.ndarray:
+    """Rényi divergences `[orders]` of one release."""
+    at = np.array(orders)
+    if isinstance(event, PureDpEvent):
+        return _rdp_of_pure(event.epsilon, at)
+    accountant = rdp_lib.RdpAccountant(orders, relation)
     try:
-        accountant.compose(event, count)
+        divergences = accountant.compose(event).rdp
     except dp_accounting.UnsupportedEventError as error:
         mend = (
             "Poisson sampling is accounted under ADD_OR_REMOVE_ONE or "
@@ -180,6 +195,10 @@ def _compose(
         )
         expected = f"an event dp_accounting supports under {relation.name}"
         raise _validate.invalid("event", event, expected, mend) from error
+    if isinstance(event, SAMPLED_EVENTS):
+        slack = np.where(at % 1 == 0, _SLACK_WHOLE, _SLACK_FRACTIONAL)
+        divergences = np.maximum(divergences, 0.0) + slack
+    return divergences
 
 
 def _rdp_of_pure(epsilon: float, orders: np.ndarray) -> np.ndarray:
@@ -250,7 +269,7 @@ def _pld_of_poisson(
 
 
 def worst_epsilon_of(
-    alternatives: Sequence[Iterable[tuple[Event, int]]],
+    alternatives: Iterable[Iterable[tuple[Event, int]]],
     *,
     relation: Relation,
     delta: float,

@@ -6,7 +6,7 @@ flattened to leaves for accounting and written to JSON for the ledger.
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import dp_accounting
 
@@ -40,9 +40,9 @@ class PureDpEvent:
         _validate.positive_finite("epsilon", self.epsilon, mend)
 
 
-Event = dp_accounting.DpEvent | PureDpEvent
+Event: TypeAlias = dp_accounting.DpEvent | PureDpEvent
 
-_SAMPLED = (
+SAMPLED_EVENTS = (
     dp_accounting.PoissonSampledDpEvent,
     dp_accounting.SampledWithoutReplacementDpEvent,
 )
@@ -55,7 +55,7 @@ _KNOWN = {
         dp_accounting.SelfComposedDpEvent,
         dp_accounting.ComposedDpEvent,
         PureDpEvent,
-        *_SAMPLED,
+        *SAMPLED_EVENTS,
     )
 }
 

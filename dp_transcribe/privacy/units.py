@@ -7,9 +7,9 @@ Privacy:
 
 import enum
 
-import dp_accounting
+from dp_accounting import NeighboringRelation as Relation
 
-Relation = dp_accounting.NeighboringRelation
+__all__ = ["Relation", "Unit", "accounting_relation"]
 
 
 class Unit(enum.Enum):
