@@ -3,44 +3,48 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
+
+from dp_transcribe._validate import invalid, positive_int
 
 Range = tuple[float, float]
 
 
 def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
     """Returns `(height, width, channels)`, or says what is wrong with it."""
-    shape = tuple(int(side) for side in image_shape)
-    if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(
-            "Invalid value for argument `image_shape`. Expected three positive "
-            "integers (height, width, channels), e.g. (28, 28, 1). "
-            f"Received: image_shape={image_shape}"
-        )
-    return shape
+    shape = tuple(image_shape)
+    if len(shape) != 3:
+        expected = "(height, width, channels)"
+        raise invalid("image_shape", image_shape, expected, "E.g. (28, 28, 1).")
+    height, width, channels = (positive_int("image_shape", side) for side in shape)
+    return height, width, channels
 
 
 def check_range(name: str, bounds: Sequence[float]) -> Range:
     """Returns `(low, high)` with low <= high, or names the argument at fault."""
-    if len(bounds) != 2 or not float(bounds[0]) <= float(bounds[1]):
-        raise ValueError(
-            f"Invalid value for argument `{name}`. Expected a pair (low, high) with "
-            f"low <= high. Received: {name}={bounds}"
-        )
+    if len(bounds) != 2 or not -math.inf < bounds[0] <= bounds[1] < math.inf:
+        raise invalid(name, bounds, "a finite pair (low, high) with low <= high")
     return float(bounds[0]), float(bounds[1])
+
+
+def check_positive_range(name: str, bounds: Sequence[float]) -> Range:
+    """As `check_range`, for lengths and factors, which are above zero."""
+    low, high = check_range(name, bounds)
+    if low <= 0.0:
+        raise invalid(name, bounds, "a pair (low, high) of numbers above 0")
+    return low, high
 
 
 def check_output_range(bounds: Sequence[float]) -> Range:
     """As `check_range`, but an empty range holds no image."""
     low, high = check_range("output_range", bounds)
     if low == high:
-        raise ValueError(
-            "Invalid value for argument `output_range`. Expected low < high, the range "
-            f"of the teacher's input. Received: output_range={bounds}"
-        )
+        mend = "Give the range of the teacher's input."
+        raise invalid("output_range", bounds, "(low, high) with low < high", mend)
     return low, high
 
 

@@ -9,7 +9,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dp_transcribe.generators.base import Draws, ProceduralGenerator, check_range
+from dp_transcribe._validate import positive_int, probability
+from dp_transcribe.generators.base import (
+    Draws,
+    ProceduralGenerator,
+    check_positive_range,
+)
 from dp_transcribe.generators.fields import grid, tints
 
 _POLYGON_SIDES = 4
@@ -48,15 +53,10 @@ class DeadLeaves(ProceduralGenerator):
         background: float = 0.5,
     ) -> None:
         super().__init__(image_shape, output_range=output_range)
-        if int(leaves) < 1:
-            raise ValueError(
-                "Invalid value for argument `leaves`. Expected a positive integer. "
-                f"Received: leaves={leaves}"
-            )
-        self.leaves = int(leaves)
-        self.radius = check_range("radius", radius)
-        self.texture = float(texture)
-        self.background = float(background)
+        self.leaves = positive_int("leaves", leaves)
+        self.radius = check_positive_range("radius", radius)
+        self.texture = probability("texture", texture)
+        self.background = probability("background", background)
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""

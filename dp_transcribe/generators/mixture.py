@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from dp_transcribe._validate import invalid
 from dp_transcribe.generators.base import Draws, ProceduralGenerator
 
 
@@ -34,10 +35,7 @@ class Mixture(ProceduralGenerator):
         weights: Sequence[float] | None = None,
     ) -> None:
         if not generators:
-            raise ValueError(
-                "Invalid value for argument `generators`. Expected at least one "
-                f"procedural generator. Received: generators={generators}"
-            )
+            raise invalid("generators", generators, "at least one generator")
         self.generators = list(generators)
         first = self.generators[0]
         for other in self.generators[1:]:
@@ -49,20 +47,15 @@ class Mixture(ProceduralGenerator):
     def _check_alike(first: ProceduralGenerator, other: ProceduralGenerator) -> None:
         for name in ("image_shape", "output_range"):
             if getattr(first, name) != getattr(other, name):
-                raise ValueError(
-                    "Invalid value for argument `generators`. Expected generators of "
-                    f"one `{name}`. Received: {name}={getattr(first, name)} and "
-                    f"{name}={getattr(other, name)}"
-                )
+                received = [getattr(first, name), getattr(other, name)]
+                raise invalid("generators", received, f"generators of one `{name}`")
 
     def _check_weights(self, weights: Sequence[float] | None) -> tuple[float, ...]:
         count = len(self.generators)
         values = np.ones(count) if weights is None else np.asarray(weights, np.float64)
         if values.shape != (count,) or not np.all(values > 0):
-            raise ValueError(
-                "Invalid value for argument `weights`. Expected one positive weight "
-                f"for each of the {count} generators. Received: weights={weights}"
-            )
+            expected = f"one positive weight for each of the {count} generators"
+            raise invalid("weights", weights, expected)
         return tuple(float(value) for value in values / values.sum())
 
     def draw(self, draws: Draws) -> tf.Tensor:

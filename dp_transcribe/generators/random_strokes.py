@@ -9,7 +9,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dp_transcribe.generators.base import Draws, ProceduralGenerator, check_range
+from dp_transcribe._validate import non_negative, probability
+from dp_transcribe.generators.base import (
+    Draws,
+    ProceduralGenerator,
+    check_positive_range,
+)
 from dp_transcribe.generators.fields import pixel_scale, tints
 
 _POINTS_PER_STROKE = 48
@@ -64,17 +69,12 @@ class RandomStrokes(ProceduralGenerator):
         jitter: float = 0.06,
     ) -> None:
         super().__init__(image_shape, output_range=output_range)
-        fewest, most = check_range("strokes", strokes)
+        fewest, most = check_positive_range("strokes", strokes)
         self.strokes = (int(fewest), int(most))
-        if self.strokes[0] < 1:
-            raise ValueError(
-                "Invalid value for argument `strokes`. Expected at least 1 stroke in "
-                f"an image. Received: strokes={strokes}"
-            )
-        self.pen_radius = check_range("pen_radius", pen_radius)
-        self.extent = check_range("extent", extent)
-        self.connected = float(connected)
-        self.jitter = float(jitter)
+        self.pen_radius = check_positive_range("pen_radius", pen_radius)
+        self.extent = check_positive_range("extent", extent)
+        self.connected = probability("connected", connected)
+        self.jitter = non_negative("jitter", jitter)
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""

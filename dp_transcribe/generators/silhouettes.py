@@ -9,7 +9,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dp_transcribe.generators.base import Draws, ProceduralGenerator, check_range
+from dp_transcribe._validate import non_negative, probability
+from dp_transcribe.generators.base import (
+    Draws,
+    ProceduralGenerator,
+    check_positive_range,
+)
 from dp_transcribe.generators.fields import grid, smooth_field, stripes, tints
 
 _KNOTS = 9  # corners of a profile from one end of the object to the other
@@ -47,10 +52,10 @@ class Silhouettes(ProceduralGenerator):
         striped: float = 0.35,
     ) -> None:
         super().__init__(image_shape, output_range=output_range)
-        self.symmetry = float(symmetry)
-        self.extent = check_range("extent", extent)
-        self.shading = float(shading)
-        self.striped = float(striped)
+        self.symmetry = probability("symmetry", symmetry)
+        self.extent = check_positive_range("extent", extent)
+        self.shading = non_negative("shading", shading)
+        self.striped = probability("striped", striped)
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""

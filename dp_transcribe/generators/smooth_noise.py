@@ -8,7 +8,13 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from dp_transcribe.generators.base import Draws, ProceduralGenerator, check_range
+from dp_transcribe._validate import probability
+from dp_transcribe.generators.base import (
+    Draws,
+    ProceduralGenerator,
+    check_positive_range,
+    check_range,
+)
 from dp_transcribe.generators.fields import grid, mix_channels, smooth_field
 
 
@@ -42,10 +48,10 @@ class SmoothNoise(ProceduralGenerator):
         window: float = 0.5,
     ) -> None:
         super().__init__(image_shape, output_range=output_range)
-        self.smoothness = check_range("smoothness", smoothness)
-        self.contrast = check_range("contrast", contrast)
+        self.smoothness = check_positive_range("smoothness", smoothness)
+        self.contrast = check_positive_range("contrast", contrast)
         self.threshold = check_range("threshold", threshold)
-        self.window = float(window)
+        self.window = probability("window", window)
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""

@@ -1,0 +1,384 @@
+"""The teacher: any classifier, asked in inference mode and never changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from dp_transcribe._validate import invalid, one_of
+
+Outputs = Literal["logits", "probabilities"]
+_PROBE_IMAGES = 32
+
+
+class Teacher:
+    """A pretrained classifier as the transcriber sees it.
+
+    Wraps a Keras model, a SavedModel or any function of a batch of images. The
+    wrapped model is called with `training=False` and never modified; it is not a
+    Keras layer, so its variables join nobody's trainable variables, checkpoint or
+    export.
+
+    **Privacy**: everything a teacher returns depends on its private training data.
+    What leaves the process must go through a mechanism.
+
+    Args:
+        model: A Keras model, the path of a `.keras` file or SavedModel, or a callable
+            `images [batch, h, w, c] -> [batch, classes]`.
+        outputs: `"logits"` or `"probabilities"`. By default found out on a batch of
+            random images: rows in 0..1 that sum to 1 are probabilities.
+        input_shape: Shape of one input, `(height, width, channels)`. Needed for a
+            callable only; read from the model otherwise.
+        input_range: Lowest and highest value of a valid input.
+
+    Attributes:
+        model: The Keras model, or `None` for a SavedModel or callable.
+        num_classes: Number of classes.
+
+    Raises:
+        ValueError: if the shape or meaning of inputs or outputs cannot be told.
+        FileNotFoundError: if `model` is a path where nothing is.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model | str | os.PathLike[str] | Callable[[Any], Any],
+        *,
+        outputs: Outputs | None = None,
+        input_shape: Sequence[int] | None = None,
+        input_range: Sequence[float] = (0.0, 1.0),
+    ) -> None:
+        if isinstance(model, (str, os.PathLike)):
+            model = _load(model)
+        one_of("outputs", outputs, (None, "logits", "probabilities"))
+        self.model = model if isinstance(model, keras.Model) else None
+        self._forward, known_shape, known_outputs = _as_function(model)
+        self.input_shape = _check_input_shape(input_shape, known_shape)
+        self.input_range = _check_input_range(input_range)
+        probe = self._probe()
+        self.num_classes = int(probe.shape[-1])
+        self.outputs: Outputs = outputs or known_outputs or _detect_outputs(probe)
+        self._predict = tf.function(
+            self.probabilities,
+            input_signature=[tf.TensorSpec((None, *self.input_shape), tf.float32)],
+        )
+
+    def logits(self, images: tf.Tensor) -> tf.Tensor:
+        """Logits, or log-probabilities if the teacher gives probabilities.
+
+        Differentiable with respect to `images`; only a teacher-guided generator may
+        use that, and is then no longer covered by the student's guarantee.
+
+        Args:
+            images: `[batch, height, width, channels]` within `input_range`.
+
+        Returns:
+            float32 `[batch, classes]`.
+        """
+        raw = tf.cast(self._forward(images), tf.float32)
+        if self.outputs == "logits":
+            return raw
+        return tf.math.log(tf.clip_by_value(raw, 1e-12, 1.0))
+
+    def probabilities(self, images: tf.Tensor) -> tf.Tensor:
+        """The teacher's answers, without gradient.
+
+        Args:
+            images: `[batch, height, width, channels]` within `input_range`.
+
+        Returns:
+            float32 `[batch, classes]`, rows sum to 1.
+        """
+        return tf.stop_gradient(tf.nn.softmax(self.logits(images), axis=-1))
+
+    def predict(self, images: np.ndarray, *, batch_size: int = 512) -> np.ndarray:
+        """`probabilities` of many images, as NumPy `[n, classes]`."""
+        starts = range(0, len(images), batch_size)
+        rows = [self._predict(images[i : i + batch_size]).numpy() for i in starts]
+        return np.concatenate([np.zeros((0, self.num_classes), np.float32), *rows])
+
+    def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
+        """Fraction of `images` whose most probable class is the label."""
+        return float(np.mean(self.predict(images).argmax(axis=-1) == labels))
+
+    def _probe(self) -> np.ndarray:
+        """The raw answer to a few random images, checked to be class scores."""
+        low, high = self.input_range
+        shape = (_PROBE_IMAGES, *self.input_shape)
+        images = tf.random.stateless_uniform(shape, (0, 0), low, high)
+        answer = tf.convert_to_tensor(self._forward(images))
+        rows = answer.shape[0] if answer.shape.rank == 2 else None
+        if rows != shape[0] or answer.shape[1] < 2:
+            expected = "a classifier returning [batch, classes], two classes or more"
+            mend = f"Given {shape[0]} images it returned shape {tuple(answer.shape)}."
+            raise invalid("model", self.model, expected, mend)
+        scores = answer.numpy().astype(np.float32)
+        if not np.all(np.isfinite(scores)):
+            mend = "State the range of pixels it was trained on in `input_range`."
+            raise invalid("model", self.model, "finite class scores", mend)
+        return scores
+
+
+def load_teacher(
+    path: str | os.PathLike[str],
+    *,
+    outputs: Outputs | None = None,
+    input_range: Sequence[float] = (0.0, 1.0),
+) -> Teacher:
+    """Loads a teacher from a `.keras` (or `.h5`) file or a SavedModel folder.
+
+    Args:
+        path: Where the model is.
+        outputs: See `Teacher`.
+        input_range: See `Teacher`.
+
+    Raises:
+        FileNotFoundError: if nothing is there.
+        ValueError: if what is there cannot be read as a classifier.
+    """
+    return Teacher(path, outputs=outputs, input_range=input_range)
+
+
+def _load(path: str | os.PathLike[str]) -> Any:
+    """The model at `path`, or an error that names the path."""
+    name = os.fspath(path)
+    expected = "a .keras file or a SavedModel folder with a teacher"
+    if not os.path.exists(name):
+        raise FileNotFoundError(
+            str(invalid("path", name, expected, "Nothing is there."))
+        )
+    reader = tf.saved_model.load if os.path.isdir(name) else keras.models.load_model
+    try:
+        return reader(name)
+    except Exception as error:  # the readers raise a dozen unrelated types
+        mend = (
+            "It is damaged, of another kind or needs custom objects to be registered "
+            f"first ({error})."
+        )
+        raise invalid("path", name, expected, mend) from error
+
+
+_Unwrapped = tuple[Callable[[Any], Any], tuple | None, Outputs | None]
+
+
+def _as_function(model: Any) -> _Unwrapped:
+    """The forward function of `model`, its input shape and outputs where known."""
+    if isinstance(model, keras.Model):
+        shape = getattr(model, "input_shape", None)
+        known = tuple(shape[1:]) if isinstance(shape, tuple) else None
+        return (lambda images: model(images, training=False)), known, None
+    signatures = getattr(model, "signatures", None)
+    if signatures is not None:
+        return _as_signature(model, signatures)
+    if callable(model):
+        return model, None, None
+    raise invalid("model", model, "a Keras model, the path of one or a callable")
+
+
+def _as_signature(model: Any, signatures: Any) -> _Unwrapped:
+    """A SavedModel's serving function, by its only input and its class scores."""
+    if "serving_default" not in signatures:
+        expected = "a SavedModel with the signature 'serving_default'"
+        raise invalid("model", list(signatures), expected)
+    function = signatures["serving_default"]
+    inputs = function.structured_input_signature[1]
+    names = list(function.structured_outputs)
+    chosen = [name for name in ("logits", "probabilities") if name in names] or names
+    if len(inputs) != 1 or (len(names) > 1 and chosen == names):
+        expected = "a SavedModel with one input, and one output or one named 'logits'"
+        mend = "Wrap it in a function of the images that returns the class scores."
+        raise invalid("model", f"{list(inputs)} -> {names}", expected, mend)
+    (key, spec), output = next(iter(inputs.items())), chosen[0]
+    stated: dict[str, Outputs] = {"logits": "logits", "probabilities": "probabilities"}
+
+    def forward(images: Any) -> tf.Tensor:
+        # Through `model`, to keep it alive: a signature alone lets go of its variables.
+        serve = model.signatures["serving_default"]
+        return serve(**{key: tf.cast(images, spec.dtype)})[output]
+
+    return forward, tuple(spec.shape[1:]), stated.get(output)
+
+
+def _check_input_shape(stated: Any, known: tuple | None) -> tuple[int, ...]:
+    """The shape of one input from what was stated and what the model says."""
+    shape = tuple(stated) if stated is not None else known
+    if not shape or any(side is None for side in shape):
+        mend = "The teacher does not fix it; pass e.g. `input_shape=(28, 28, 1)`."
+        raise invalid("input_shape", shape, "the shape of one image", mend)
+    agrees = known is None or (
+        len(known) == len(shape)
+        and all(k in (None, s) for k, s in zip(known, shape, strict=True))
+    )
+    if not agrees:
+        raise invalid("input_shape", shape, f"the teacher's own input shape {known}")
+    return tuple(int(side) for side in shape)
+
+
+def _check_input_range(bounds: Sequence[float]) -> tuple[float, float]:
+    if len(bounds) != 2 or not -np.inf < float(bounds[0]) < float(bounds[1]) < np.inf:
+        raise invalid(
+            "input_range", bounds, "a finite pair (low, high) with low < high"
+        )
+    return float(bounds[0]), float(bounds[1])
+
+
+def _detect_outputs(scores: np.ndarray) -> Outputs:
+    """Whether rows of `scores` are probabilities or logits."""
+    within = np.all((scores >= 0.0) & (scores <= 1.0))
+    sums_to_one = np.all(np.abs(scores.sum(axis=-1) - 1.0) < 1e-2)
+    return "probabilities" if within and sums_to_one else "logits"
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherRecipe:
+    """How a reference teacher is built and trained.
+
+    Attributes:
+        filters: Convolution filters, one block of convolution, batch normalisation,
+            ReLU and 2 x 2 pooling for each.
+        units: Width of the hidden dense layer.
+        dropout: Rate before and after the hidden dense layer.
+        epochs: Passes over the training images.
+        min_steps: A small data set is passed over more often, up to this many steps.
+        batch_size: Images in a step.
+        learning_rate: Peak of the schedule: a quarter of linear warm-up, then cosine.
+        shift: Largest random translation in pixels.
+        flip: Whether images are mirrored left to right at random.
+    """
+
+    filters: tuple[int, ...] = (32, 64, 128)
+    units: int = 128
+    dropout: float = 0.3
+    epochs: int = 8
+    min_steps: int = 1200
+    batch_size: int = 128
+    learning_rate: float = 4e-3
+    shift: int = 2
+    flip: bool = False
+
+
+TEACHER_RECIPES = {
+    "mnist": TeacherRecipe(),
+    "fashion_mnist": TeacherRecipe(epochs=12, flip=True),
+    "cifar10": TeacherRecipe(
+        filters=(32, 64, 128, 256), units=256, epochs=12, shift=4, flip=True
+    ),
+}
+
+
+def conv_teacher(
+    input_shape: Sequence[int],
+    num_classes: int,
+    *,
+    recipe: TeacherRecipe = TEACHER_RECIPES["mnist"],
+) -> keras.Model:
+    """A convolutional classifier with batch normalisation, ending in logits.
+
+    Args:
+        input_shape: `(height, width, channels)`.
+        num_classes: Number of logits.
+        recipe: Its widths and dropout.
+
+    Returns:
+        An untrained model `[batch, h, w, c] -> [batch, num_classes]`.
+    """
+    layers = keras.layers
+    model = keras.Sequential([layers.Input(tuple(input_shape))], name="teacher")
+    for filters in recipe.filters:
+        model.add(layers.Conv2D(filters, 3, padding="same", use_bias=False))
+        model.add(layers.BatchNormalization())
+        model.add(layers.ReLU())
+        model.add(layers.MaxPooling2D())
+    model.add(layers.Flatten())
+    model.add(layers.Dropout(recipe.dropout))
+    model.add(layers.Dense(recipe.units, activation="relu"))
+    model.add(layers.Dropout(recipe.dropout))
+    model.add(layers.Dense(num_classes, name="logits"))
+    return model
+
+
+def train_teacher(
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    num_classes: int,
+    recipe: TeacherRecipe = TEACHER_RECIPES["mnist"],
+    seed: int = 0,
+    verbose: Any = 0,
+) -> keras.Model:
+    """Trains a reference teacher, without privacy, on private images.
+
+    Args:
+        images: float32 `[n, height, width, channels]` in 0..1.
+        labels: int `[n]`.
+        num_classes: Number of classes.
+        recipe: Architecture and training; `TEACHER_RECIPES[name]` for a data set.
+        seed: For weights, order, augmentation and dropout. Sets the global seeds of
+            Python, NumPy and TensorFlow.
+        verbose: As in `keras.Model.fit`.
+
+    Returns:
+        The trained model, ending in logits.
+
+    **Privacy**: none. The model remembers its training data; wrap it in `Teacher` and
+    release only what a mechanism lets through.
+    """
+    keras.utils.set_random_seed(seed)
+    model = conv_teacher(images.shape[1:], num_classes, recipe=recipe)
+    dataset = _augmented(images, labels, recipe, seed)
+    steps_per_epoch = int(dataset.cardinality())
+    epochs = max(recipe.epochs, math.ceil(recipe.min_steps / steps_per_epoch))
+    schedule = _schedule(recipe, steps=epochs * steps_per_epoch)
+    model.compile(
+        optimizer=keras.optimizers.Adam(schedule),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        jit_compile=False,  # XLA slows convolutions several times on a CPU
+    )
+    model.fit(dataset, epochs=epochs, shuffle=False, verbose=verbose)
+    return model
+
+
+def _schedule(
+    recipe: TeacherRecipe, *, steps: int
+) -> keras.optimizers.schedules.LearningRateSchedule:
+    warmup = max(1, steps // 4)
+    return keras.optimizers.schedules.CosineDecay(
+        initial_learning_rate=recipe.learning_rate / 40.0,
+        decay_steps=max(1, steps - warmup),
+        alpha=1e-3,
+        warmup_target=recipe.learning_rate,
+        warmup_steps=warmup,
+    )
+
+
+def _augmented(
+    images: np.ndarray, labels: np.ndarray, recipe: TeacherRecipe, seed: int
+) -> tf.data.Dataset:
+    """Shuffled, shifted and mirrored batches of one size."""
+    height, width = images.shape[1:3]
+    shift = recipe.shift
+
+    def augment(batch: tf.Tensor, targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        batch = tf.pad(batch, [[0, 0], [shift, shift], [shift, shift], [0, 0]])
+        # One shift for the whole batch: as good as one for each image, and far cheaper.
+        corner = tf.random.uniform([2], 0, 2 * shift + 1, tf.int32)
+        top, left = corner[0], corner[1]
+        batch = batch[:, top : top + height, left : left + width]
+        if recipe.flip:
+            mirrored = tf.random.uniform([tf.shape(batch)[0], 1, 1, 1]) < 0.5
+            batch = tf.where(mirrored, batch[:, :, ::-1], batch)
+        return batch, targets
+
+    dataset = tf.data.Dataset.from_tensor_slices((images, labels))
+    dataset = dataset.shuffle(len(images), seed=seed)
+    batch_size = min(recipe.batch_size, len(images))
+    dataset = dataset.batch(batch_size, drop_remainder=True)
+    return dataset.map(augment, num_parallel_calls=2, deterministic=True).prefetch(2)

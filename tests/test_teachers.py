@@ -1,0 +1,212 @@
+import dataclasses
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dp_transcribe.teachers import (
+    TEACHER_RECIPES,
+    Teacher,
+    TeacherRecipe,
+    conv_teacher,
+    load_teacher,
+    train_teacher,
+)
+
+TINY = TeacherRecipe(filters=(8,), units=8, epochs=1, min_steps=1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    keras.utils.set_random_seed(0)
+    return conv_teacher((28, 28, 1), 10, recipe=TINY)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).random((20, 28, 28, 1), np.float32)
+
+
+def _softmax_of(model):
+    return lambda images: tf.nn.softmax(model(images, training=False))
+
+
+def test_logits_and_probabilities_are_told_apart(model, images):
+    from_logits = Teacher(model)
+    from_probabilities = Teacher(_softmax_of(model), input_shape=(28, 28, 1))
+    assert from_logits.outputs == "logits"
+    assert from_probabilities.outputs == "probabilities"
+    expected = tf.nn.softmax(model(images, training=False))
+    for teacher in (from_logits, from_probabilities):
+        answers = teacher.probabilities(images)
+        np.testing.assert_allclose(answers, expected, atol=1e-5)
+        np.testing.assert_allclose(
+            tf.nn.log_softmax(teacher.logits(images)), tf.math.log(expected), atol=1e-4
+        )
+
+
+def test_logits_that_happen_to_lie_in_0_to_1_stay_logits(images):
+    teacher = Teacher(lambda x: 0.3 * tf.ones([len(x), 4]), input_shape=(28, 28, 1))
+    assert teacher.outputs == "logits"
+    np.testing.assert_allclose(teacher.probabilities(images), 0.25, rtol=1e-6)
+
+
+def test_stated_outputs_win_over_detection(images):
+    uniform = Teacher(
+        lambda x: tf.one_hot(tf.zeros(len(x), tf.int32), 3),
+        outputs="logits",
+        input_shape=(28, 28, 1),
+    )
+    expected = np.exp([1.0, 0.0, 0.0]) / np.exp([1.0, 0.0, 0.0]).sum()
+    np.testing.assert_allclose(uniform.probabilities(images)[0], expected, rtol=1e-6)
+
+
+def test_teacher_runs_in_inference_mode_and_is_left_alone(model, images):
+    before = [variable.numpy() for variable in model.variables]
+    trainable = [variable.path for variable in model.trainable_variables]
+    teacher = Teacher(model)
+    first, second = teacher.probabilities(images), teacher.probabilities(images)
+    np.testing.assert_array_equal(first, second)  # no dropout
+    for old, variable in zip(before, model.variables, strict=True):
+        np.testing.assert_array_equal(old, variable.numpy())  # no moving statistics
+    assert [variable.path for variable in model.trainable_variables] == trainable
+    assert model.trainable
+
+
+def test_answers_carry_no_gradient_but_logits_do(model, images):
+    teacher = Teacher(model)
+    inputs = tf.constant(images)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(inputs)
+        answers = tf.reduce_sum(teacher.probabilities(inputs)[:, 0])
+        scores = tf.reduce_sum(teacher.logits(inputs)[:, 0])
+    assert tape.gradient(answers, inputs) is None
+    assert tape.gradient(answers, model.trainable_variables[0]) is None
+    assert float(tf.norm(tape.gradient(scores, inputs))) > 0.0
+
+
+def test_teacher_joins_no_models_variables(model):
+    class Holder(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.teacher = Teacher(model)
+            self.own = keras.layers.Dense(2)
+
+        def call(self, inputs):
+            return self.own(inputs)
+
+    holder = Holder()
+    holder(tf.zeros([1, 3]))
+    assert len(holder.variables) == 2
+
+
+def test_predict_batches_and_accuracy_agree(model, images):
+    teacher = Teacher(model)
+    probabilities = teacher.predict(images, batch_size=7)
+    np.testing.assert_allclose(probabilities, teacher.probabilities(images), atol=1e-6)
+    labels = probabilities.argmax(-1)
+    assert teacher.accuracy(images, labels) == 1.0
+    assert teacher.accuracy(images, (labels + 1) % 10) == 0.0
+    assert teacher.predict(images[:0]).shape == (0, 10)
+
+
+@pytest.mark.parametrize("kind", ["keras", "export", "saved_model"])
+def test_saved_teachers_answer_as_before(kind, model, images, tmp_path):
+    path = tmp_path / ("teacher.keras" if kind == "keras" else "teacher")
+    if kind == "keras":
+        model.save(path)
+    elif kind == "export":
+        model.export(path, verbose=False)
+    else:
+        spec = tf.TensorSpec((None, 28, 28, 1), tf.float32, name="image")
+
+        @tf.function(input_signature=[spec])
+        def serve(image):
+            logits = model(image, training=False)
+            return {"logits": logits, "class": tf.argmax(logits, -1)}
+
+        tf.saved_model.save(model, path, signatures={"serving_default": serve})
+    teacher = load_teacher(path)
+    assert teacher.input_shape == (28, 28, 1)
+    assert teacher.num_classes == 10
+    expected = Teacher(model).probabilities(images)
+    np.testing.assert_allclose(teacher.probabilities(images), expected, atol=1e-5)
+
+
+def test_missing_and_damaged_files_are_named(model, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.keras"):
+        load_teacher(tmp_path / "nowhere.keras")
+    path = tmp_path / "broken.keras"
+    model.save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="broken.keras.*damaged"):
+        load_teacher(path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="folder.*damaged"):
+        load_teacher(tmp_path / "folder")
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (lambda x: tf.zeros([len(x)]), "batch, classes"),
+        (lambda x: tf.zeros([len(x), 1]), "two classes"),
+        (lambda x: tf.zeros([1, 10]), "batch, classes"),
+        (lambda x: tf.fill([len(x), 3], np.nan), "finite"),
+    ],
+)
+def test_what_is_no_classifier_is_refused(output, message):
+    with pytest.raises(ValueError, match=message):
+        Teacher(output, input_shape=(28, 28, 1))
+
+
+def test_bad_arguments_are_refused(model):
+    with pytest.raises(ValueError, match="`outputs`"):
+        Teacher(model, outputs="scores")
+    with pytest.raises(ValueError, match="`input_shape`"):
+        Teacher(lambda x: x)
+    with pytest.raises(ValueError, match="teacher's own input shape"):
+        Teacher(model, input_shape=(32, 32, 3))
+    with pytest.raises(ValueError, match="`input_range`"):
+        Teacher(model, input_range=(1.0, 0.0))
+    with pytest.raises(ValueError, match="`model`"):
+        Teacher(42)
+
+
+def test_recipe_learns_real_digits_from_500_images(mnist_small):
+    chosen = np.random.default_rng(0).permutation(4000)[:500]
+    recipe = dataclasses.replace(
+        TEACHER_RECIPES["mnist"], filters=(16, 32), batch_size=32, min_steps=500
+    )
+    model = train_teacher(
+        mnist_small.train_images[chosen],
+        mnist_small.train_labels[chosen],
+        num_classes=10,
+        recipe=recipe,
+    )
+    teacher = Teacher(model)
+    assert teacher.accuracy(mnist_small.test_images, mnist_small.test_labels) > 0.85
+
+
+def test_training_repeats_with_its_seed(mnist_small):
+    def train(seed):
+        model = train_teacher(
+            mnist_small.train_images[::100],
+            mnist_small.train_labels[::100],
+            num_classes=10,
+            recipe=dataclasses.replace(TINY, flip=True),
+            seed=seed,
+        )
+        return model.get_weights()[0]
+
+    first = train(1)
+    np.testing.assert_array_equal(first, train(1))
+    assert np.abs(first - train(2)).max() > 1e-3
+
+
+def test_recipes_are_for_the_supported_data_sets():
+    assert set(TEACHER_RECIPES) == {"mnist", "fashion_mnist", "cifar10"}
+    for name, shape in (("mnist", (28, 28, 1)), ("cifar10", (32, 32, 3))):
+        model = conv_teacher(shape, 10, recipe=TEACHER_RECIPES[name])
+        assert model.output_shape == (None, 10)
