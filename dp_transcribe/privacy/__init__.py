@@ -11,11 +11,13 @@ from dp_transcribe.privacy.calibration import (
 )
 from dp_transcribe.privacy.events import PureDpEvent
 from dp_transcribe.privacy.ledger import Entry, Ledger, Spend
+from dp_transcribe.privacy.statement import PrivacyStatement, statement_from_ledger
 from dp_transcribe.privacy.units import Relation, Unit
 
 __all__ = [
     "Entry",
     "Ledger",
+    "PrivacyStatement",
     "PureDpEvent",
     "Relation",
     "Spend",
@@ -24,4 +26,5 @@ __all__ = [
     "gaussian_noise_multiplier",
     "noise_multiplier_for",
     "poisson_noise_multiplier",
+    "statement_from_ledger",
 ]
