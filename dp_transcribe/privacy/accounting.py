@@ -204,17 +204,22 @@ def _rdp(event: Event, relation: Relation, orders: tuple[float, ...]) -> np.ndar
 def _rdp_of_pure(epsilon: float, orders: np.ndarray) -> np.ndarray:
     """Rényi divergences `[orders]` of the two-valued randomised response.
 
-    The largest of any epsilon-DP release (see `PureDpEvent`).
+    The largest of any epsilon-DP release (see `PureDpEvent`). At order a it is
+    log(cosh((a - 1/2) epsilon) / cosh(epsilon / 2)) / (a - 1), computed here so that
+    neither a tiny nor a huge epsilon is lost to rounding.
 
     References:
         Mironov, arXiv:1702.07476, Proposition 5.
     """
-    log_true = -np.log1p(np.exp(-epsilon))
-    log_false = log_true - epsilon
-    return np.logaddexp(
-        orders * log_true + (1 - orders) * log_false,
-        orders * log_false + (1 - orders) * log_true,
-    ) / (orders - 1)
+    at = np.minimum(epsilon, 1.0 / orders)
+    growth = np.sinh(orders * at / 2) * np.sinh((orders - 1) * at / 2)
+    small = np.log1p(2 * growth / np.cosh(at / 2))
+    large = _log_cosh((orders - 0.5) * epsilon) - _log_cosh(epsilon / 2)
+    return np.where(orders * epsilon <= 1, small, large) / (orders - 1)
+
+
+def _log_cosh(value: np.ndarray | float) -> np.ndarray:
+    return value + np.log1p(np.exp(-2 * np.asarray(value))) - np.log(2.0)
 
 
 def _pld_epsilon(releases: Releases, delta: float, upper: float) -> float:
