@@ -42,7 +42,7 @@ EXTRAS = {
         "mlxtend==0.23.4",
         "tf2onnx==1.17.0",
         "onnxruntime>=1.22,<2",
-        "openvino>=2025.0",
+        "openvino>=2025,<2027",
         "tensorflow-serving-api==2.21.*",
     ],
     "dev": [
