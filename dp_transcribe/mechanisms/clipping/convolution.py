@@ -1,26 +1,38 @@
-"""Per-example gradients of convolution kernels."""
+"""Per-example gradients of convolution kernels.
+
+A kernel's gradient is the sum over output positions of patch times delta. Writing the
+patches out costs more than the product itself, so the product is arranged to move
+little memory: the offset along columns is expanded on the inputs and the offset along
+rows on the deltas, strides are folded into channels first, and the batch is taken in
+parts that stay in the processor's cache. Everything is decided from static shapes.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import keras
 import tensorflow as tf
 
 from dp_transcribe.mechanisms.clipping.per_example import (
     Explicit,
+    Factored,
     PerExampleGradient,
     outer,
     to_float32,
 )
 
+# Floats that one part of the batch may expand to: 8 MB, to stay in cache.
+PART = 2**21
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """A convolution's static facts, as two-dimensional.
+    """A convolution's static facts, as two-dimensional and channels last.
 
     Attributes:
-        shape: the kernel variable's shape.
+        shape: the kernel variable's shape, `(..., in channels / groups, out channels)`.
         kernel: rows and columns of the kernel.
         strides: along rows and columns.
         dilations: along rows and columns.
@@ -36,16 +48,44 @@ class Spec:
     groups: int = 1
 
     @classmethod
-    def of(cls, layer: keras.layers.Layer) -> Spec:
+    def of(cls, layer: keras.layers.Layer, kernel: keras.Variable) -> Spec:
         """Reads the facts of a Keras convolution of one or two dimensions."""
         return cls(
-            shape=tuple(layer.kernel.shape),
+            shape=tuple(kernel.shape),
             kernel=two(layer.kernel_size),
             strides=two(layer.strides),
             dilations=two(layer.dilation_rate),
             padding=layer.padding.upper(),
             groups=getattr(layer, "groups", 1),
         )
+
+    def span(self, axis: int, count: int) -> int:
+        """How many padded inputs `count` outputs along `axis` look at."""
+        reach = (self.kernel[axis] - 1) * self.dilations[axis] + 1
+        return (count - 1) * self.strides[axis] + reach
+
+    def pad(self, images: tf.Tensor, counts: tuple[int, int]) -> tf.Tensor:
+        """Pads or crops `images` to exactly what `counts` outputs look at."""
+        ends, paddings = [], [[0, 0]]
+        for axis in (0, 1):
+            size, span = images.shape[axis + 1], self.span(axis, counts[axis])
+            before = 0
+            if self.padding == "SAME":
+                before = max(span - size, 0) // 2
+            elif self.padding == "CAUSAL":
+                before = (self.kernel[axis] - 1) * self.dilations[axis]
+            ends.append(min(size, span - before))
+            paddings.append([before, max(span - before - size, 0)])
+        images = images[:, : ends[0], : ends[1]]
+        if any(sum(p) for p in paddings):
+            images = tf.pad(images, [*paddings, [0, 0]])
+        return images
+
+    def shifted(self, images: tf.Tensor, axis: int, at: int, count: int) -> tf.Tensor:
+        """The padded inputs that offset `at` of `axis` meets, for `count` outputs."""
+        start, stride = at * self.dilations[axis], self.strides[axis]
+        chosen = slice(start, start + (count - 1) * stride + 1, stride)
+        return images[:, chosen] if axis == 0 else images[:, :, chosen]
 
 
 def two(values: tuple[int, ...]) -> tuple[int, int]:
@@ -61,20 +101,147 @@ def gradient(spec: Spec, inputs: tf.Tensor, deltas: tf.Tensor) -> PerExampleGrad
         inputs: `[batch, ..., in channels]`, channels last.
         deltas: `[batch, ..., out channels]`, gradient at the pre-activation.
     """
-    patches = extract_patches(spec, as_image(to_float32(inputs)))
-    deltas = as_image(to_float32(deltas))
-    count = deltas.shape[1:3].num_elements()
-    columns = deltas.shape[-1]
-    patches = tf.reshape(patches, [-1, count, patches.shape[-1]])
-    deltas = tf.reshape(deltas, [-1, count, columns])
-    if spec.groups == 1:
-        return outer(patches, deltas, spec.shape)
-    return grouped(spec, patches, deltas)
+    inputs, deltas = as_image(to_float32(inputs)), as_image(to_float32(deltas))
+    shapes = inputs.shape[1:3].as_list() + deltas.shape[1:3].as_list()
+    if None in shapes:
+        return _of_unknown_size(spec, inputs, deltas)
+    count, columns = deltas.shape[1:3].num_elements(), deltas.shape[-1]
+    rows = spec.kernel[0] * spec.kernel[1] * inputs.shape[-1]
+    if spec.groups > 1:
+        return _grouped(spec, _patches(spec, inputs, deltas), deltas)
+    if count == 1 or count * (rows + columns) <= rows * columns:
+        patches = tf.reshape(_patches(spec, inputs, deltas), [-1, count, rows])
+        return Factored(patches, tf.reshape(deltas, [-1, count, columns]), spec.shape)
+    return _direct(spec, inputs, deltas)
 
 
-def grouped(spec: Spec, patches: tf.Tensor, deltas: tf.Tensor) -> Explicit:
+def _direct(spec: Spec, inputs: tf.Tensor, deltas: tf.Tensor) -> Explicit:
+    """Returns the gradients written out, by the arrangement that moves least."""
+    counts = tuple(deltas.shape[1:3])
+    inputs = spec.pad(inputs, counts)
+    stride = spec.strides[0]
+    fold = spec.strides == (stride, stride) and stride > 1
+    if fold and spec.kernel[0] % stride == 0 and spec.kernel[1] % stride == 0:
+        inputs = tf.nn.space_to_depth(inputs, stride)
+        spec = dataclasses.replace(
+            spec,
+            kernel=(spec.kernel[0] // stride, spec.kernel[1] // stride),
+            strides=(1, 1),
+            padding="VALID",
+        )
+    else:
+        stride = 1
+    (rows, columns), channels, outputs = spec.kernel, inputs.shape[-1], deltas.shape[-1]
+    # Floats to move for one example: both sides expanded, or the inputs alone.
+    both = columns * channels + rows * outputs
+    both *= inputs.shape[1] * counts[1]
+    alone = counts[0] * counts[1] * (rows * columns * channels + outputs)
+    split = spec.strides[0] == 1 and both < alone
+    values = _in_parts(
+        lambda x, d: (_product_of_both if split else _product)(spec, x, d),
+        inputs,
+        deltas,
+        floats=both if split else alone,
+        size=rows * columns * channels * outputs,
+    )
+    folds = (stride, stride, channels // stride**2)
+    if split:
+        layout, order = (columns, *folds, rows, outputs), (4, 1, 0, 2, 3, 5)
+    else:
+        layout, order = (rows, columns, *folds, outputs), (0, 2, 1, 3, 4, 5)
+    return Explicit(values, spec.shape, layout, order)
+
+
+def _product_of_both(spec: Spec, inputs: tf.Tensor, deltas: tf.Tensor) -> tf.Tensor:
+    """Expands columns on the inputs and rows on the deltas, for a stride of one.
+
+    Args:
+        spec: the convolution.
+        inputs: `[batch, rows, columns, channels]`, padded.
+        deltas: `[batch, out rows, out columns, out channels]`.
+
+    Returns:
+        `[batch, ...]` ordered as columns, channels, rows, out channels of the kernel.
+    """
+    height, (count, width) = inputs.shape[1], deltas.shape[1:3]
+    left = [spec.shifted(inputs, 1, j, width) for j in range(spec.kernel[1])]
+    starts = [i * spec.dilations[0] for i in range(spec.kernel[0])]
+    right = [
+        tf.pad(deltas, [[0, 0], [start, height - count - start], [0, 0], [0, 0]])
+        for start in starts
+    ]
+    return _matmul(tf.concat(left, -1), tf.concat(right, -1), height * width)
+
+
+def _product(spec: Spec, inputs: tf.Tensor, deltas: tf.Tensor) -> tf.Tensor:
+    """Expands rows and columns on the inputs.
+
+    Args:
+        spec: the convolution.
+        inputs: `[batch, rows, columns, channels]`, padded.
+        deltas: `[batch, out rows, out columns, out channels]`.
+
+    Returns:
+        `[batch, ...]` ordered as rows, columns, channels, out channels of the kernel.
+    """
+    counts = tuple(deltas.shape[1:3])
+    return _matmul(_shifts(spec, inputs, counts), deltas, counts[0] * counts[1])
+
+
+def _matmul(left: tf.Tensor, right: tf.Tensor, positions: int) -> tf.Tensor:
+    """Sums the outer products of channels over positions: `[batch, ...]`, flat."""
+    left = tf.reshape(left, [-1, positions, left.shape[-1]])
+    right = tf.reshape(right, [-1, positions, right.shape[-1]])
+    product = tf.matmul(left, right, transpose_a=True)
+    return tf.reshape(product, [-1, left.shape[-1] * right.shape[-1]])
+
+
+def _shifts(spec: Spec, inputs: tf.Tensor, counts: tuple[int, int]) -> tf.Tensor:
+    """Patches of padded inputs: `[batch, *counts, kernel size times channels]`."""
+    rows = [spec.shifted(inputs, 0, i, counts[0]) for i in range(spec.kernel[0])]
+    columns = range(spec.kernel[1])
+    return tf.concat(
+        [spec.shifted(r, 1, j, counts[1]) for r in rows for j in columns], -1
+    )
+
+
+def _patches(spec: Spec, inputs: tf.Tensor, deltas: tf.Tensor) -> tf.Tensor:
+    """Patches of inputs not yet padded, for the output positions of `deltas`."""
+    counts = tuple(deltas.shape[1:3])
+    return _shifts(spec, spec.pad(inputs, counts), counts)
+
+
+def _in_parts(
+    product: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+    inputs: tf.Tensor,
+    deltas: tf.Tensor,
+    *,
+    floats: int,
+    size: int,
+) -> tf.Tensor:
+    """Computes `[batch, size]` by parts of the batch that expand to `PART` floats."""
+    part = max(1, PART // floats)
+    batch = inputs.shape[0]
+    if (batch is not None and batch <= part) or tf.config.list_logical_devices("GPU"):
+        return product(inputs, deltas)
+    count = tf.maximum(1, (tf.shape(inputs)[0] + part - 1) // part)
+    array = tf.TensorArray(
+        tf.float32, size=count, infer_shape=False, element_shape=[None, size]
+    )
+
+    def body(i: tf.Tensor, array: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
+        rows = slice(i * part, (i + 1) * part)
+        return i + 1, array.write(i, product(inputs[rows], deltas[rows]))
+
+    _, array = tf.while_loop(
+        lambda i, _: i < count, body, (0, array), parallel_iterations=1
+    )
+    return tf.ensure_shape(array.concat(), [batch, size])
+
+
+def _grouped(spec: Spec, patches: tf.Tensor, deltas: tf.Tensor) -> Explicit:
     """Returns the gradients of a kernel with groups, written out."""
-    count, groups = patches.shape[1], spec.groups
+    count, groups = deltas.shape[1:3].num_elements(), spec.groups
     taps = spec.kernel[0] * spec.kernel[1]
     patches = tf.reshape(patches, [-1, count, taps, groups, spec.shape[-2]])
     deltas = tf.reshape(deltas, [-1, count, groups, spec.shape[-1] // groups])
@@ -83,20 +250,27 @@ def grouped(spec: Spec, patches: tf.Tensor, deltas: tf.Tensor) -> Explicit:
     return Explicit(tf.reshape(values, [-1, size]), spec.shape)
 
 
-def extract_patches(spec: Spec, images: tf.Tensor) -> tf.Tensor:
-    """Returns `[batch, rows, columns, kernel size times channels]`."""
+def _of_unknown_size(
+    spec: Spec, inputs: tf.Tensor, deltas: tf.Tensor
+) -> PerExampleGradient:
+    """Returns the gradients for images whose size is not known beforehand."""
     padding = spec.padding
     if padding == "CAUSAL":
         before = spec.dilations[1] * (spec.kernel[1] - 1)
-        images = tf.pad(images, [[0, 0], [0, 0], [before, 0], [0, 0]])
-        padding = "VALID"
-    return tf.image.extract_patches(
-        images,
+        inputs, padding = tf.pad(inputs, [[0, 0], [0, 0], [before, 0], [0, 0]]), "VALID"
+    patches = tf.image.extract_patches(
+        inputs,
         sizes=[1, *spec.kernel, 1],
         strides=[1, *spec.strides, 1],
         rates=[1, *spec.dilations, 1],
         padding=padding,
     )
+    rows = spec.kernel[0] * spec.kernel[1] * inputs.shape[-1]
+    shape = tf.shape(deltas)
+    count = shape[1] * shape[2]
+    patches = tf.reshape(patches, [shape[0], count, rows])
+    deltas = tf.reshape(deltas, [shape[0], count, deltas.shape[-1]])
+    return outer(patches, deltas, spec.shape).explicit()
 
 
 def as_image(tensor: tf.Tensor) -> tf.Tensor:

@@ -34,12 +34,16 @@ class Explicit:
     """Gradients written out.
 
     Attributes:
-        values: `[batch, n]` float32, any layout whose flat order is the variable's.
+        values: `[batch, n]` float32; a row holds one gradient, flat.
         shape: the variable's shape.
+        layout: the axes that a row is flattened from; the variable's if empty.
+        order: the order of those axes that gives the variable's.
     """
 
     values: tf.Tensor
     shape: tuple[int, ...]
+    layout: tuple[int, ...] = ()
+    order: tuple[int, ...] = ()
 
     def squared_norms(self) -> tf.Tensor:
         """Returns `[batch]` float32."""
@@ -47,11 +51,19 @@ class Explicit:
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
         """Returns the sum over the batch, in the variable's shape."""
-        return tf.reshape(tf.linalg.matvec(self.values, weights, True), self.shape)
+        total = tf.linalg.matvec(self.values, weights, transpose_a=True)
+        if self.layout:
+            total = tf.transpose(tf.reshape(total, self.layout), self.order)
+        return tf.reshape(total, self.shape)
 
     def explicit(self) -> Explicit:
-        """Returns itself."""
-        return self
+        """Returns the same gradients with rows in the variable's own order."""
+        if not self.layout:
+            return self
+        values = tf.reshape(self.values, [-1, *self.layout])
+        values = tf.transpose(values, [0, *(axis + 1 for axis in self.order)])
+        size = self.values.shape[1]
+        return Explicit(tf.reshape(values, [-1, size]), self.shape)
 
     def map(self, fn: Callable[[tf.Tensor], tf.Tensor]) -> Explicit:
         """Returns a copy with `fn` applied to the values."""

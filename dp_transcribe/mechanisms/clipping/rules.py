@@ -44,7 +44,7 @@ def conv(
     layer: keras.layers.Layer, recording: Recording, inputs: tf.Tensor, **_: Any
 ) -> tf.Tensor:
     """Conv1D and Conv2D with stride, padding, dilation and groups."""
-    spec = convolution.Spec.of(layer)
+    spec = convolution.Spec.of(layer, layer.kernel)
     output = layer.convolution_op(inputs, layer.kernel)
     if layer.use_bias:
         output = keras.ops.add(output, channel_vector(layer, layer.bias))

@@ -77,9 +77,38 @@ def clipped_gradient_sum(
             model, inputs, targets, loss_fn, bound=bound, mask=mask, training=training
         )
 
+    batch = tf.nest.map_structure(tf.convert_to_tensor, (inputs, targets))
+    count = tf.nest.flatten(batch)[0].shape[0]
+    if count:
+        return _sum(part, (*batch, mask), microbatches)
+    count, batch, mask = _without_empty(batch, mask)
+    total = _sum(part, (*batch, mask), microbatches)
+    rows = tf.nest.map_structure(lambda t: t[:count], tuple(total[1:]))
+    return ClippedSum(total.gradients, *rows)
+
+
+def _without_empty(
+    batch: tuple[Any, Any], mask: tf.Tensor | None
+) -> tuple[tf.Tensor, tuple[Any, Any], tf.Tensor]:
+    """Gives an empty batch one masked row: not every kernel takes a batch of none."""
+    count = tf.shape(tf.nest.flatten(batch)[0])[0]
+
+    def one_row(tensor: tf.Tensor) -> tf.Tensor:
+        shape = tf.concat([[1], tf.shape(tensor)[1:]], 0)
+        rows = tf.cond(count > 0, lambda: tensor, lambda: tf.zeros(shape, tensor.dtype))
+        return tf.ensure_shape(rows, [None, *tensor.shape[1:]])
+
+    mask = tf.ones([count]) if mask is None else tf.cast(mask, tf.float32)
+    return count, *tf.nest.map_structure(one_row, (batch, mask))
+
+
+def _sum(
+    part: Callable[..., ClippedSum], batch: tuple[Any, Any, Any], microbatches: int
+) -> ClippedSum:
+    """Sums `part` over the batch, at once or in micro-batches."""
     if microbatches == 1:
-        return part(inputs, targets, mask)
-    return _accumulate(part, (inputs, targets, mask), microbatches)
+        return part(*batch)
+    return _accumulate(part, batch, microbatches)
 
 
 def _accumulate(
