@@ -60,20 +60,24 @@ class Spec:
         )
 
     def span(self, axis: int, count: int) -> int:
-        """How many padded inputs `count` outputs along `axis` look at."""
-        reach = (self.kernel[axis] - 1) * self.dilations[axis] + 1
-        return (count - 1) * self.strides[axis] + reach
+        """How many padded inputs `count` outputs look at, in whole strides."""
+        reach = (self.kernel[axis] - 1) * self.dilations[axis]
+        return (count + reach // self.strides[axis]) * self.strides[axis]
+
+    def before(self, axis: int, size: int, count: int) -> int:
+        """How much padding comes before `size` inputs that give `count` outputs."""
+        reach = (self.kernel[axis] - 1) * self.dilations[axis]
+        if self.padding == "CAUSAL":
+            return reach
+        needed = (count - 1) * self.strides[axis] + reach + 1
+        return max(needed - size, 0) // 2 if self.padding == "SAME" else 0
 
     def pad(self, images: tf.Tensor, counts: tuple[int, int]) -> tf.Tensor:
-        """Pads or crops `images` to exactly what `counts` outputs look at."""
+        """Pads or crops `images` to exactly the span of `counts` outputs."""
         ends, paddings = [], [[0, 0]]
         for axis in (0, 1):
             size, span = images.shape[axis + 1], self.span(axis, counts[axis])
-            before = 0
-            if self.padding == "SAME":
-                before = max(span - size, 0) // 2
-            elif self.padding == "CAUSAL":
-                before = (self.kernel[axis] - 1) * self.dilations[axis]
+            before = self.before(axis, size, counts[axis])
             ends.append(min(size, span - before))
             paddings.append([before, max(span - before - size, 0)])
         images = images[:, : ends[0], : ends[1]]
@@ -82,10 +86,21 @@ class Spec:
         return images
 
     def shifted(self, images: tf.Tensor, axis: int, at: int, count: int) -> tf.Tensor:
-        """The padded inputs that offset `at` of `axis` meets, for `count` outputs."""
-        start, stride = at * self.dilations[axis], self.strides[axis]
-        chosen = slice(start, start + (count - 1) * stride + 1, stride)
-        return images[:, chosen] if axis == 0 else images[:, :, chosen]
+        """The padded inputs that offset `at` of `axis` meets, for `count` outputs.
+
+        A slice with a step is slow; the step is made an axis of its own instead.
+        """
+        stride = self.strides[axis]
+        start, phase = divmod(at * self.dilations[axis], stride)
+        if stride == 1:
+            chosen = slice(start, start + count)
+            return images[:, chosen] if axis == 0 else images[:, :, chosen]
+        shape = images.shape.as_list()
+        shape[axis + 1 : axis + 2] = [shape[axis + 1] // stride, stride]
+        images = tf.reshape(images, [-1, *shape[1:]])
+        if axis == 0:
+            return images[:, start : start + count, phase]
+        return images[:, :, start : start + count, phase]
 
 
 def two(values: tuple[int, ...]) -> tuple[int, int]:
@@ -109,7 +124,7 @@ def gradient(spec: Spec, inputs: tf.Tensor, deltas: tf.Tensor) -> PerExampleGrad
     rows = spec.kernel[0] * spec.kernel[1] * inputs.shape[-1]
     if spec.groups > 1:
         return _grouped(spec, _patches(spec, inputs, deltas), deltas)
-    if count == 1 or count * (rows + columns) <= rows * columns:
+    if count == 1 or 2 * count * (rows + columns) <= rows * columns:
         patches = tf.reshape(_patches(spec, inputs, deltas), [-1, count, rows])
         return Factored(patches, tf.reshape(deltas, [-1, count, columns]), spec.shape)
     return _direct(spec, inputs, deltas)
