@@ -108,6 +108,38 @@ class Teacher:
         """Fraction of `images` whose most probable class is the label."""
         return float(np.mean(self.predict(images).argmax(axis=-1) == labels))
 
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, without the weights.
+
+        Raises:
+            ValueError: the teacher is not a Keras model.
+        """
+        if self.model is None:
+            mend = "Use `save_weights`, or wrap the teacher as a Keras model."
+            raise invalid("teacher", self._forward, "a Keras model, to be saved", mend)
+        return {
+            "model": keras.saving.serialize_keras_object(self.model),
+            "outputs": self.outputs,
+            "input_shape": list(self.input_shape),
+            "input_range": list(self.input_range),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Teacher:
+        """The teacher that `get_config` described, with fresh weights."""
+        config = dict(config)
+        model = keras.saving.deserialize_keras_object(config.pop("model"))
+        return cls(model, **config)
+
+    def get_weights(self) -> list[np.ndarray]:
+        """The weights of a Keras teacher; none of any other."""
+        return [] if self.model is None else self.model.get_weights()
+
+    def set_weights(self, weights: list[np.ndarray]) -> None:
+        """Puts back what `get_weights` gave."""
+        if self.model is not None:
+            self.model.set_weights(weights)
+
     def _probe(self) -> np.ndarray:
         """The raw answer to a few random images, checked to be class scores."""
         low, high = self.input_range

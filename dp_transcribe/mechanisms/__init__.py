@@ -1,1 +1,18 @@
-"""Mechanisms: everything that lets an answer of the teacher out."""
+"""What is released of the teacher's answers, how it is noised and what it costs."""
+
+from dp_transcribe.mechanisms.noisy_answer import NoisyAnswer
+from dp_transcribe.mechanisms.output_gradient import NormalizedOutputGradient
+from dp_transcribe.mechanisms.randomized_response import (
+    RandomizedResponse,
+    SelectiveRandomizedResponse,
+)
+from dp_transcribe.mechanisms.weight_gradient import ClippedGradient, NormalizedGradient
+
+__all__ = [
+    "ClippedGradient",
+    "NoisyAnswer",
+    "NormalizedGradient",
+    "NormalizedOutputGradient",
+    "RandomizedResponse",
+    "SelectiveRandomizedResponse",
+]

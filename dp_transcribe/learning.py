@@ -1,0 +1,248 @@
+"""How the student learns: from noisy gradients, or from private answers.
+
+Both learners run inside `DPTranscriber.train_step`, once per replica.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tensorflow as tf
+
+from dp_transcribe.mechanisms.base import (
+    AnswerMechanism,
+    Batch,
+    GradientMechanism,
+    Release,
+    Released,
+)
+from dp_transcribe.mechanisms.noise import ANSWERS, NOISE, QUERIES, SAMPLING
+from dp_transcribe.queries import (
+    PoolStore,
+    QueryPool,
+    Replay,
+    dequantize,
+    quantize,
+)
+
+if TYPE_CHECKING:
+    from dp_transcribe.transcriber import DPTranscriber
+
+
+class Learner:
+    """What both ways of learning share.
+
+    Args:
+        owner: the transcriber whose teacher, student and queries are used.
+    """
+
+    def __init__(self, owner: DPTranscriber) -> None:
+        self.owner = owner
+        self.replicas = owner.distribute_strategy.num_replicas_in_sync
+        self.output_range = owner.teacher.input_range
+
+    def ask(
+        self, count: tf.Tensor | int, number: tf.Tensor, chunk: tf.Tensor | int
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """New queries of this replica and the teacher's answers to them.
+
+        Args:
+            count: how many.
+            number: of the noise source; with `chunk` and the replica's index it
+                decides the queries.
+            chunk: part of a larger set that is asked under one number.
+
+        Returns:
+            uint8 codes `[count, *image_shape]` and protected answers
+            `[count, classes]`.
+        """
+        part = replica_index() + self.replicas * tf.cast(chunk, tf.int64)
+        seed = self.owner.noise.stream(number, QUERIES, part=part)
+        images = self.owner.draw_queries(count, as_int32(seed))
+        codes = quantize(images, self.output_range)
+        answers = self.owner.teacher.probabilities(dequantize(codes, self.output_range))
+        return codes, answers
+
+
+class GradientLearner(Learner):
+    """The student descends along noisy sums of bounded per-answer gradients."""
+
+    def __init__(self, owner: DPTranscriber) -> None:
+        super().__init__(owner)
+        queries = owner.queries
+        self.batch_size = queries.batch_size
+        self.pool: PoolStore | None = None
+        self.pool_is_empty = True
+        if isinstance(queries, QueryPool):
+            shape, classes = owner.teacher.input_shape, owner.teacher.num_classes
+            self.pool = PoolStore(queries.size // self.replicas, shape, classes)
+            self._fill = tf.function(self._fill_pool)
+
+    def renew_pool(self) -> None:
+        """Replaces the pool by new queries, on every replica."""
+        self.owner.distribute_strategy.run(self._fill)
+        self.pool_is_empty = False
+
+    def _fill_pool(self) -> None:
+        number = self.owner.noise.advance()
+        self.pool.fill(lambda count, chunk: self.ask(count, number, chunk))
+
+    def step(self) -> dict[str, Any]:
+        """The student updates of one `train_step`.
+
+        Returns:
+            `student_loss` and `agreement`, from the noisy statistics alone.
+        """
+        progress = [self.update() for _ in range(self.owner.student_updates)]
+        agreement, loss = zip(*progress, strict=True)
+        count = float(len(progress))
+        return {
+            "student_loss": tf.add_n(loss) / count,
+            "agreement": tf.add_n(agreement) / count,
+        }
+
+    def update(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """One noisy update: sample, bound, sum over replicas, noise, descend."""
+        owner, mechanism = self.owner, self.owner.mechanism
+        number = owner.noise.advance()
+        release = mechanism.summed(
+            owner.student, self._batch(number), self._row_noise(number)
+        )
+        release = self._noisy(all_reduce_sum(release.tensors()), number)
+        # Keras' optimizers sum over replicas what is the same on all of them here.
+        scale = 1.0 / (self.batch_size * self.replicas)
+        gradients = [gradient * scale for gradient in release.gradients]
+        owner.student_optimizer.apply(gradients, owner.student.trainable_variables)
+        return mechanism.progress(release, self.batch_size)
+
+    def _batch(self, number: tf.Tensor) -> Batch:
+        if self.pool is not None:
+            seed = self.owner.noise.stream(number, SAMPLING, part=replica_index())
+            probability = self.owner.queries.sampling_probability
+            return self.pool.sample(probability, seed, self.output_range)
+        count = self.batch_size // self.replicas
+        codes, answers = self.ask(count, number, 0)
+        return Batch(dequantize(codes, self.output_range), answers, tf.ones([count]))
+
+    def _row_noise(self, number: tf.Tensor) -> Any:
+        """Standard noise of this replica's own rows."""
+        seed = self.owner.noise.stream(number, NOISE, part=replica_index() + 1)
+        return lambda shape: tf.random.stateless_normal(shape, seed)
+
+    def _noisy(self, tensors: list[tf.Tensor], number: tf.Tensor) -> Release:
+        """Adds the one draw that is the same on all replicas."""
+        *gradients, statistics = self.owner.noise.normal_like(tensors, number=number)
+        on_gradients, on_statistics = self.owner.mechanism.shared_stddevs
+        noise = [draw * on_gradients for draw in gradients]
+        noise.append(statistics * on_statistics)
+        return Release.of([t + n for t, n in zip(tensors, noise, strict=True)])
+
+
+class AnswerLearner(Learner):
+    """Queries are answered privately, once; the student learns from the replay."""
+
+    def __init__(self, owner: DPTranscriber) -> None:
+        super().__init__(owner)
+        self.batch_size = owner.replay_batch_size
+        shape, classes = owner.teacher.input_shape, owner.teacher.num_classes
+        self.replay = Replay(owner.replay_size // self.replicas, shape, classes)
+
+    def get_replay(self) -> list[Any]:
+        """The replay of all replicas as arrays, for a checkpoint."""
+        strategy = self.owner.distribute_strategy
+        return [
+            np.stack(
+                [np.asarray(part) for part in strategy.experimental_local_results(v)]
+            )
+            for v in self.replay.variables()
+        ]
+
+    def set_replay(self, values: list[Any]) -> None:
+        """Puts back what `get_replay` gave.
+
+        Raises:
+            ValueError: the replay was saved for other sizes or numbers of replicas.
+        """
+        strategy = self.owner.distribute_strategy
+        for variable, value in zip(self.replay.variables(), values, strict=True):
+            parts = strategy.experimental_local_results(variable)
+            wanted = (len(parts), *variable.shape)
+            if value.shape != wanted:
+                raise ValueError(
+                    f"The checkpoint's replay has shape {value.shape}, expected "
+                    f"{wanted}. Load it with the same `replay_size` and replicas."
+                )
+            for part, array in zip(parts, value, strict=True):
+                part.assign(array)
+
+    def step(self) -> dict[str, Any]:
+        """Asks one batch of new queries, then learns from the replay.
+
+        Returns:
+            `student_loss` on the replay and `agreement` with the new answers, both
+            from released answers alone.
+        """
+        agreement = self._release(self.owner.noise.advance())
+        losses = [self.update() for _ in range(self.owner.student_updates)]
+        return {
+            "student_loss": tf.add_n(losses) / float(max(len(losses), 1)),
+            "agreement": agreement,
+        }
+
+    def _release(self, number: tf.Tensor) -> tf.Tensor:
+        owner, mechanism = self.owner, self.owner.mechanism
+        count = owner.queries.batch_size // self.replicas
+        codes, answers = self.ask(count, number, 0)
+        logits = owner.student(dequantize(codes, self.output_range), training=False)
+        seed = owner.noise.stream(number, ANSWERS, part=replica_index())
+        released = mechanism.release(answers, tf.nn.softmax(logits), seed)
+        rows = tf.stack([released.answers, released.candidates], 1)
+        self.replay.add(codes, rows)
+        agree = tf.argmax(logits, -1) == mechanism.labels(released)
+        return tf.reduce_mean(tf.cast(agree, tf.float32))
+
+    def update(self) -> tf.Tensor:
+        """One plain update on a batch of the replay; costs nothing."""
+        owner = self.owner
+        number = owner.noise.advance()
+        seed = owner.noise.stream(number, SAMPLING, part=replica_index())
+        codes, rows = self.replay.sample(self.batch_size // self.replicas, seed)
+        released = Released(rows[:, 0], rows[:, 1])
+        queries = dequantize(codes, self.output_range)
+        with tf.GradientTape() as tape:
+            logits = tf.cast(owner.student(queries, training=True), tf.float32)
+            loss = tf.reduce_mean(owner.mechanism.loss(released, logits))
+        variables = owner.student.trainable_variables
+        gradients = tape.gradient(loss, variables)
+        scale = 1.0 / self.replicas
+        owner.student_optimizer.apply([g * scale for g in gradients], variables)
+        return loss
+
+
+def make_learner(owner: DPTranscriber) -> GradientLearner | AnswerLearner:
+    """The learner that fits the transcriber's mechanism."""
+    if isinstance(owner.mechanism, AnswerMechanism):
+        return AnswerLearner(owner)
+    if isinstance(owner.mechanism, GradientMechanism):
+        return GradientLearner(owner)
+    raise TypeError(f"No way to learn from {owner.mechanism!r} is known.")
+
+
+def replica_index() -> tf.Tensor:
+    """Index of the current replica, a scalar int64."""
+    context = tf.distribute.get_replica_context()
+    return tf.cast(context.replica_id_in_sync_group, tf.int64)
+
+
+def all_reduce_sum(tensors: list[tf.Tensor]) -> list[tf.Tensor]:
+    """Sums over the replicas."""
+    context = tf.distribute.get_replica_context()
+    if context.num_replicas_in_sync == 1:
+        return tensors
+    return list(context.all_reduce(tf.distribute.ReduceOp.SUM, tensors))
+
+
+def as_int32(seed: tf.Tensor) -> tf.Tensor:
+    """A seed int64 `[2]` as int32 `[2]`, for generators."""
+    return tf.random.stateless_uniform([2], seed, None, None, tf.int32)

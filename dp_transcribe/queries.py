@@ -1,0 +1,262 @@
+"""Where queries come from, and what that makes an answer cost.
+
+The sampler that draws the batch also says how the events of an answer compose: no
+other code decides it, so a batch that is not Poisson-sampled cannot be accounted as
+one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import dp_accounting
+import tensorflow as tf
+
+from dp_transcribe import _validate
+from dp_transcribe.mechanisms.base import Batch, Mechanism
+from dp_transcribe.privacy.events import Event
+from dp_transcribe.privacy.ledger import Spend
+
+CHUNK = 1000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FreshQueries:
+    """New queries for every update; each answer is used by one release.
+
+    Args:
+        batch_size: queries per update, over all replicas.
+
+    **Privacy**: releases touch disjoint answers and compose in parallel: the cost
+    for an answer is that of one release, whatever the number of updates.
+    """
+
+    batch_size: int = 1024
+
+    def __post_init__(self) -> None:
+        """Checks the batch size."""
+        _validate.positive_int("batch_size", self.batch_size)
+
+    def schedule(self, event: Event) -> Event:
+        """What an answer bears over the whole run: one release."""
+        return event
+
+    def spend(self, mechanism: Mechanism, number: int) -> Spend:
+        """What one update costs an answer in it."""
+        return Spend(
+            unit=mechanism.unit,
+            relation=mechanism.relation,
+            event=mechanism.event(),
+            mechanism=mechanism.name,
+            group="fresh queries",
+            disjoint=True,
+        )
+
+    @property
+    def assumption(self) -> str:
+        """The sampling assumption, for the statement."""
+        return (
+            "fresh queries: every answer of the teacher enters one release; releases "
+            "compose in parallel"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QueryPool:
+    """A fixed pool of queries, Poisson-sampled by a number of updates, then renewed.
+
+    Every update takes each member of the pool independently with probability
+    `batch_size / size`, so the number of rows varies. After `updates` updates a new
+    pool of new queries, made by the generator as it then is, takes its place.
+
+    Args:
+        size: queries in a pool, over all replicas.
+        batch_size: expected number of queries per update.
+        updates: updates that one pool serves.
+
+    **Privacy**: within a pool a Poisson-sampled release per update; different pools
+    hold different answers and compose in parallel. A pool whose answers are seldom
+    used buys its epsilon from answers that are never asked for, so `size` may not
+    exceed `batch_size * updates`.
+    """
+
+    size: int = 100_000
+    batch_size: int = 1024
+    updates: int = 300
+
+    def __post_init__(self) -> None:
+        """Checks the numbers against each other."""
+        for name in ("size", "batch_size", "updates"):
+            _validate.positive_int(name, getattr(self, name))
+        if self.batch_size > self.size:
+            expected = f"at most the pool's size {self.size}"
+            raise _validate.invalid("batch_size", self.batch_size, expected)
+        if self.size > self.batch_size * self.updates:
+            used = self.batch_size * self.updates
+            expected = f"at most batch_size * updates = {used}"
+            mend = "A larger pool would be mostly unused: its epsilon would mislead."
+            raise _validate.invalid("size", self.size, expected, mend)
+
+    @property
+    def sampling_probability(self) -> float:
+        """Probability with which an update takes each member of the pool."""
+        return self.batch_size / self.size
+
+    def schedule(self, event: Event) -> Event:
+        """What an answer bears over the life of its pool."""
+        return dp_accounting.SelfComposedDpEvent(self._sampled(event), self.updates)
+
+    def spend(self, mechanism: Mechanism, number: int) -> Spend:
+        """What one update from pool `number` costs an answer in the pool."""
+        return Spend(
+            unit=mechanism.unit,
+            relation=mechanism.relation,
+            event=self._sampled(mechanism.event()),
+            mechanism=mechanism.name,
+            group=f"pool {number}",
+        )
+
+    def _sampled(self, event: Event) -> Event:
+        if isinstance(event, dp_accounting.NonPrivateDpEvent):
+            return event
+        return dp_accounting.PoissonSampledDpEvent(self.sampling_probability, event)
+
+    @property
+    def assumption(self) -> str:
+        """The sampling assumption, for the statement."""
+        return (
+            f"Poisson sampling with probability {self.sampling_probability:.6g} from "
+            f"pools of {self.size} queries, {self.updates} updates each; the sample "
+            "is secret; pools compose in parallel"
+        )
+
+
+Queries = FreshQueries | QueryPool
+
+
+def quantize(images: tf.Tensor, output_range: tuple[float, float]) -> tf.Tensor:
+    """Images as uint8, the form in which queries are asked and kept."""
+    low, high = output_range
+    unit = (images - low) / (high - low)
+    return tf.cast(tf.round(tf.clip_by_value(unit, 0.0, 1.0) * 255.0), tf.uint8)
+
+
+def dequantize(codes: tf.Tensor, output_range: tuple[float, float]) -> tf.Tensor:
+    """The opposite of `quantize`, float32 within `output_range`."""
+    low, high = output_range
+    return low + tf.cast(codes, tf.float32) * ((high - low) / 255.0)
+
+
+def local_variable(shape: tuple[int, ...], dtype: Any) -> tf.Variable:
+    """A buffer that every replica has for itself."""
+    return tf.Variable(
+        tf.zeros(shape, dtype),
+        trainable=False,
+        synchronization=tf.VariableSynchronization.ON_READ,
+        aggregation=tf.VariableAggregation.NONE,
+    )
+
+
+class PoolStore:
+    """One replica's part of the current pool: queries and the teacher's answers.
+
+    **Privacy**: holds raw answers. It is never saved and never leaves the process.
+
+    Args:
+        size: number of queries in this replica's part.
+        image_shape: shape of one query.
+        num_classes: length of an answer.
+    """
+
+    def __init__(
+        self, size: int, image_shape: tuple[int, ...], num_classes: int
+    ) -> None:
+        self.size = size
+        self.codes = local_variable((size, *image_shape), tf.uint8)
+        self.answers = local_variable((size, num_classes), tf.float32)
+
+    def fill(
+        self,
+        make: Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]],
+    ) -> None:
+        """Renews the whole pool.
+
+        Args:
+            make: `make(n, chunk)` gives `n` new queries as uint8 codes and the
+                teacher's answers to them.
+        """
+        start, chunk = tf.constant(0), tf.constant(0)
+        codes, answers = self.codes, self.answers
+        while start < self.size:
+            count = tf.minimum(CHUNK, self.size - start)
+            new_codes, new_answers = make(count, chunk)
+            rows = tf.range(start, start + count)
+            codes.scatter_update(tf.IndexedSlices(new_codes, rows))
+            answers.scatter_update(tf.IndexedSlices(new_answers, rows))
+            start += count
+            chunk += 1
+
+    def sample(
+        self,
+        probability: float,
+        seed: tf.Tensor,
+        output_range: tuple[float, float],
+    ) -> Batch:
+        """A Poisson sample of the pool.
+
+        Args:
+            probability: with which each member is taken, independently.
+            seed: int64 `[2]`, secret.
+            output_range: of the queries.
+
+        Returns:
+            The members taken and one masked row, so that no batch is empty.
+        """
+        # 24 random bits in float32 would round the probability; float64 has 53.
+        draws = tf.random.stateless_uniform([self.size], seed, dtype=tf.float64)
+        taken = tf.where(draws < probability)[:, 0]
+        rows = tf.concat([taken, tf.zeros([1], taken.dtype)], 0)
+        mask = tf.concat([tf.ones_like(taken, tf.float32), tf.zeros([1])], 0)
+        queries = dequantize(tf.gather(self.codes, rows), output_range)
+        return Batch(queries, tf.gather(self.answers, rows), mask)
+
+
+class Replay:
+    """Queries with their released answers, kept to be learnt from again.
+
+    A query is answered once; using the released answer again is post-processing and
+    free. When it is full, the oldest are overwritten.
+
+    Args:
+        size: number of queries kept by this replica.
+        image_shape: shape of one query.
+        num_classes: length of an answer.
+    """
+
+    def __init__(
+        self, size: int, image_shape: tuple[int, ...], num_classes: int
+    ) -> None:
+        self.size = size
+        self.codes = local_variable((size, *image_shape), tf.uint8)
+        self.released = local_variable((size, 2, num_classes), tf.float32)
+        self.written = local_variable((), tf.int64)
+
+    def add(self, codes: tf.Tensor, released: tf.Tensor) -> None:
+        """Appends `[n, ...]` codes and `[n, 2, classes]` released answers."""
+        count = tf.shape(codes, tf.int64)[0]
+        rows = (self.written + tf.range(count)) % self.size
+        self.codes.scatter_update(tf.IndexedSlices(codes, rows))
+        self.released.scatter_update(tf.IndexedSlices(released, rows))
+        self.written.assign_add(count)
+
+    def sample(self, count: int, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Draws with replacement: codes `[count, ...]`, answers `[count, 2, classes]`."""
+        filled = tf.minimum(tf.convert_to_tensor(self.written), self.size)
+        rows = tf.random.stateless_uniform([count], seed, 0, filled, tf.int64)
+        return tf.gather(self.codes, rows), tf.gather(self.released, rows)
+
+    def variables(self) -> list[tf.Variable]:
+        """What a checkpoint keeps; all of it was released."""
+        return [self.codes, self.released, self.written]

@@ -1,0 +1,640 @@
+"""`DPTranscriber`: teacher, student and generator in one Keras model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from dp_transcribe import _validate
+from dp_transcribe.learning import (
+    AnswerLearner,
+    GradientLearner,
+    as_int32,
+    make_learner,
+)
+from dp_transcribe.losses.objective import GeneratorObjective
+from dp_transcribe.mechanisms.base import AnswerMechanism, GradientMechanism, Mechanism
+from dp_transcribe.mechanisms.noise import QUERIES, NoiseSource
+from dp_transcribe.mechanisms.noisy_answer import NoisyAnswer
+from dp_transcribe.mechanisms.output_gradient import NormalizedOutputGradient
+from dp_transcribe.mechanisms.randomized_response import (
+    RandomizedResponse,
+    SelectiveRandomizedResponse,
+)
+from dp_transcribe.mechanisms.weight_gradient import ClippedGradient, NormalizedGradient
+from dp_transcribe.privacy.ledger import Ledger, Spend
+from dp_transcribe.privacy.statement import PrivacyStatement, statement_from_ledger
+from dp_transcribe.queries import FreshQueries, Queries, QueryPool
+from dp_transcribe.students import check_student
+from dp_transcribe.teachers import Teacher
+
+logger = logging.getLogger(__name__)
+
+
+class BudgetExceededError(ValueError):
+    """The next noisy step would pass the target epsilon; nothing was spent."""
+
+
+@keras.saving.register_keras_serializable(package="dp_transcribe")
+class DPTranscriber(keras.Model):
+    """Turns a teacher into a student that may be released, without data.
+
+    One `train_step` updates the generator against the student, then the student
+    through a differentially private mechanism. `fit` needs no training data.
+    `evaluate` and `predict` are the student's.
+
+    Args:
+        teacher: a `Teacher`, or what `Teacher` takes. Asked, never trained.
+        student: built Functional or Sequential model, `[batch, *image_shape]` to
+            logits `[batch, classes]`, without BatchNormalization.
+        generator: a procedural or trainable generator of queries.
+        mechanism: what is released of the teacher's answers.
+        queries: `FreshQueries` or, for weight gradients, `QueryPool`.
+        public_prior: a procedural generator that makes part of the queries when
+            `generator` is trainable.
+        public_share: that part, between 0 and 1.
+        objective: what a trainable generator is updated for, against the student.
+        student_updates: per `train_step`. With an answer mechanism these are updates
+            on the replay, which cost nothing.
+        generator_updates: per `train_step`, of a trainable generator.
+        generator_batch_size: images per generator update, over all replicas.
+        replay_size: answered queries kept, with an answer mechanism.
+        replay_batch_size: rows per student update, with an answer mechanism.
+        generator_covered: whether the generator is as private as the student: it was
+            never guided by the teacher. Goes into the statement.
+        seed: None for secret noise. A given seed is for tests: the statement says so.
+
+    **Privacy**: unit `RESPONSE`; the ledger is written before a noisy result is used.
+    Checkpoints hold the noise key and the teacher: release only what
+    `export_student` writes.
+
+    Raises:
+        ValueError: parts do not fit each other; nothing was spent.
+
+    References:
+        arXiv:2304.12528 (DPDFD), arXiv:2409.12384, arXiv:2601.19090 (DPSD).
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher | Any,
+        student: keras.Model,
+        generator: Any,
+        *,
+        mechanism: Mechanism,
+        queries: Queries | None = None,
+        public_prior: Any = None,
+        public_share: float = 0.8,
+        objective: GeneratorObjective | None = None,
+        student_updates: int = 1,
+        generator_updates: int = 1,
+        generator_batch_size: int = 64,
+        replay_size: int = 200_000,
+        replay_batch_size: int = 512,
+        generator_covered: bool = True,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+        self.student = student
+        self.generator = generator
+        self.mechanism = _validate.instance_of("mechanism", mechanism, Mechanism)
+        self.queries = queries if queries is not None else FreshQueries()
+        self.public_prior = public_prior
+        self.public_share = _validate.probability("public_share", public_share)
+        self.objective = objective if objective is not None else GeneratorObjective()
+        self.student_updates = _validate.positive_int(
+            "student_updates", student_updates
+        )
+        self.generator_updates = _validate.non_negative_int(
+            "generator_updates", generator_updates
+        )
+        self.generator_batch_size = _validate.positive_int(
+            "generator_batch_size", generator_batch_size
+        )
+        self.replay_size = _validate.positive_int("replay_size", replay_size)
+        self.replay_batch_size = _validate.positive_int(
+            "replay_batch_size", replay_batch_size
+        )
+        self.generator_covered = generator_covered
+        self.seed = _validate.optional_seed("seed", seed)
+        self._check_parts()
+        self.noise = NoiseSource(self.seed)
+        self.ledger = Ledger()
+        self.delta: float | None = None
+        self._learner: GradientLearner | AnswerLearner | None = None
+        self._pool_number = 0
+        self._pool_updates = 0
+        self._budget = 0
+        self._horizon = 0
+        self._shown_until = 0
+        self._epsilon_shown = 0.0
+        self._trackers = {
+            name: keras.metrics.Mean(name=name)
+            for name in ("student_loss", "agreement", "generator_loss")
+        }
+        self.built = True
+
+    # What it is made of.
+
+    @property
+    def trains_generator(self) -> bool:
+        """Whether a `train_step` updates the generator."""
+        return isinstance(self.generator, keras.Model) and self.generator_updates > 0
+
+    @property
+    def trainable_variables(self) -> list[Any]:
+        """The student's: what `optimizer` trains. The teacher is never in it."""
+        return self.student.trainable_variables
+
+    @property
+    def student_optimizer(self) -> keras.optimizers.Optimizer:
+        """The student's optimizer."""
+        return self.optimizer
+
+    def build(self, input_shape: Any = None) -> None:
+        """Nothing is left to build: the student comes built."""
+        self.built = True
+
+    def call(self, inputs: Any, training: bool = False) -> Any:
+        """The student's logits `[batch, classes]`."""
+        return self.student(inputs, training=training)
+
+    def _check_parts(self) -> None:
+        check_student(self.student, self.teacher)
+        self.mechanism.check(self.teacher.num_classes)
+        for name in ("generator", "public_prior"):
+            _check_source(name, getattr(self, name), self.teacher)
+        _check_queries(self.queries, self.mechanism, self._num_replicas)
+        classes = getattr(self.generator, "num_classes", None)
+        if classes not in (None, self.teacher.num_classes):
+            expected = f"{self.teacher.num_classes} classes, as the teacher has"
+            raise _validate.invalid("generator", classes, expected)
+
+    @property
+    def _num_replicas(self) -> int:
+        return self.distribute_strategy.num_replicas_in_sync
+
+    # How it is trained.
+
+    def compile(
+        self,
+        student_optimizer: Any = "adam",
+        generator_optimizer: Any = "adam",
+        loss: Any = None,
+        metrics: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Configures training.
+
+        Args:
+            student_optimizer: a Keras optimizer; `use_ema=True` averages the noisy
+                iterates at no cost.
+            generator_optimizer: for a trainable generator.
+            loss: of `evaluate` and validation; cross entropy of labels by default.
+            metrics: of `evaluate` and validation, for example `["accuracy"]`.
+            **kwargs: passed to `keras.Model.compile`. XLA is off on CPUs by default,
+                where it makes convolutions several times slower.
+        """
+        if loss is None:
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        if not tf.config.list_physical_devices("GPU"):
+            kwargs.setdefault("jit_compile", False)
+        super().compile(
+            optimizer=student_optimizer, loss=loss, metrics=metrics, **kwargs
+        )
+        self.generator_optimizer = keras.optimizers.get(generator_optimizer)
+        self._compile_arguments = {"loss": loss, "metrics": metrics, **kwargs}
+        self._build_optimizers()
+
+    def _build_optimizers(self) -> None:
+        self.optimizer.build(self.student.trainable_variables)
+        if isinstance(self.generator, keras.Model):
+            self.generator_optimizer.build(self.generator.trainable_variables)
+
+    def get_compile_config(self) -> dict[str, Any]:
+        """Returns the arguments of `compile`, serialised."""
+        arguments = {
+            "student_optimizer": self.optimizer,
+            "generator_optimizer": self.generator_optimizer,
+            **self._compile_arguments,
+        }
+        return keras.saving.serialize_keras_object(arguments)
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compiles as `get_compile_config` described."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        """The generator learns from the student, the student from the mechanism.
+
+        Args:
+            data: unused; a step makes its own queries.
+
+        Returns:
+            The metrics so far in this epoch.
+        """
+        del data
+        logs: dict[str, Any] = {}
+        if self.trains_generator:
+            for _ in range(self.generator_updates):
+                logs["generator_loss"] = self._update_generator()
+        logs.update(self._learner.step())
+        for name, value in logs.items():
+            self._trackers[name].update_state(value)
+        return {name: self._trackers[name].result() for name in logs}
+
+    def get_metrics_result(self) -> dict[str, Any]:
+        """The metrics of `evaluate`; those of training are `train_step`'s."""
+        results = super().get_metrics_result()
+        return {k: v for k, v in results.items() if k not in self._trackers}
+
+    def _update_generator(self) -> tf.Tensor:
+        """One update with the student as fixed discriminator, never the teacher."""
+        number = self.noise.advance()
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        seed = self.noise.stream(number, QUERIES, part=replica)
+        count = max(self.generator_batch_size // self._num_replicas, 1)
+        inputs = self.generator.draw_inputs(count, as_int32(seed))
+        variables = self.generator.trainable_variables
+        with tf.GradientTape() as tape:
+            logits = self.student(self.generator(*inputs), training=False)
+            loss = self.objective(logits)
+        gradients = tape.gradient(loss, variables)
+        scale = 1.0 / self._num_replicas
+        self.generator_optimizer.apply([g * scale for g in gradients], variables)
+        return loss
+
+    def draw_queries(self, count: tf.Tensor | int, seed: tf.Tensor) -> tf.Tensor:
+        """Images to ask about: from the generator and the public prior.
+
+        Args:
+            count: how many.
+            seed: int32 `[2]`.
+
+        Returns:
+            `[count, *image_shape]` in the teacher's input range.
+        """
+        if self.public_prior is None:
+            return self.generator.sample(count, seed)
+        share = tf.cast(count, tf.float32) * self.public_share
+        public = tf.cast(tf.round(share), tf.int32)
+        parts = [
+            self.public_prior.sample(public, seed),
+            self.generator.sample(count - public, tf.random.fold_in(seed, 1)),
+        ]
+        return tf.concat(parts, 0)
+
+    # What it costs.
+
+    def fit(  # type: ignore[override]
+        self,
+        *,
+        epochs: int = 1,
+        steps_per_epoch: int = 100,
+        target_epsilon: float | None = None,
+        delta: float = 1e-5,
+        validation_data: Any = None,
+        callbacks: Any = None,
+        verbose: Any = "auto",
+        initial_epoch: int = 0,
+        **kwargs: Any,
+    ) -> keras.callbacks.History:
+        """Transcribes: trains student and generator for a number of steps.
+
+        Args:
+            epochs: number of epochs, as in Keras.
+            steps_per_epoch: `train_step`s per epoch.
+            target_epsilon: never passed, per answer of the teacher (unit
+                `RESPONSE`). Fixes the noise of a mechanism that has none yet.
+            delta: of the target and of the epsilon that is shown.
+            validation_data: `(images, labels)`. What is chosen by it is chosen by
+                data that the guarantee does not cover: say so.
+            callbacks: Keras callbacks.
+            verbose: as in Keras.
+            initial_epoch: as in Keras.
+            **kwargs: further arguments of `keras.Model.fit`, for validation.
+
+        Returns:
+            Keras' history. `epsilon` is that at the end of the epoch.
+
+        Raises:
+            BudgetExceededError: not even one step fits the target. Nothing was spent.
+            ValueError: an argument is out of range. Nothing was spent.
+        """
+        _validate.positive_int("epochs", epochs)
+        _validate.positive_int("steps_per_epoch", steps_per_epoch)
+        self.delta = _validate.fraction_open("delta", delta)
+        if not self.compiled:
+            raise ValueError("Call `compile` before `fit`.")
+        self._calibrate(target_epsilon)
+        self._budget = self._updates_within(target_epsilon)
+        self._horizon = steps_per_epoch * self._releases_per_step
+        self._shown_until = 0
+        self._prepare()
+        return super().fit(
+            self._steps(),
+            epochs=epochs,
+            steps_per_epoch=steps_per_epoch,
+            validation_data=validation_data,
+            callbacks=callbacks,
+            verbose=verbose,
+            initial_epoch=initial_epoch,
+            **kwargs,
+        )
+
+    def _calibrate(self, target_epsilon: float | None) -> None:
+        if target_epsilon is not None:
+            _validate.positive_finite("target_epsilon", target_epsilon)
+        if self.mechanism.is_calibrated:
+            return
+        if target_epsilon is None:
+            raise ValueError(
+                f"{self.mechanism.name} has no noise yet. Pass `target_epsilon` to "
+                "`fit`, or give the mechanism its noise."
+            )
+        self.mechanism = self.mechanism.calibrated(
+            target_epsilon, self.delta, self.queries.schedule
+        )
+        logger.info("Calibrated to epsilon %s: %s", target_epsilon, self.mechanism)
+
+    def _prepare(self) -> None:
+        """Builds everything that Keras would build from a batch of data."""
+        if self._learner is None:
+            with self.distribute_strategy.scope():
+                self._learner = make_learner(self)
+        logits = tf.zeros([1, self.teacher.num_classes])
+        labels = tf.zeros([1], tf.int32)
+        self.compute_loss(y=labels, y_pred=logits)
+        self.compute_metrics(None, labels, logits)
+        self.reset_metrics()
+
+    def _steps(self) -> tf.data.Dataset:
+        """An endless run of step numbers, one row per replica."""
+        steps = tf.data.Dataset.counter().batch(self._num_replicas)
+        return steps.map(lambda rows: tf.ensure_shape(rows, [self._num_replicas]))
+
+    def make_train_function(self, force: bool = False) -> None:
+        """Wraps Keras' train function: every call is accounted before it runs."""
+        if self.train_function is not None and not force:
+            return
+        super().make_train_function(force=force)
+        run_steps = self.train_function
+
+        def accounted(iterator: Any) -> dict[str, Any]:
+            self._account(self.steps_per_execution)
+            return {**run_steps(iterator), "epsilon": self._epsilon_shown}
+
+        self.train_function = accounted
+
+    @property
+    def _releases_per_step(self) -> int:
+        """Releases that an answer may enter in one `train_step`."""
+        by_answer = isinstance(self.mechanism, AnswerMechanism)
+        return 1 if by_answer else self.student_updates
+
+    def _updates_within(self, target_epsilon: float | None) -> int:
+        """Releases that an answer may enter; refuses if that is not even one step.
+
+        Args:
+            target_epsilon: the target, or None for no limit but the pool's own.
+
+        Returns:
+            The number, for an answer that entered none before.
+        """
+        limit = getattr(self.queries, "updates", 1)
+        if target_epsilon is None:
+            return limit
+        unit, delta = self.mechanism.unit, self.delta
+        spent = self.ledger.epsilon(unit=unit, delta=delta)
+        spend = self.queries.spend(self.mechanism, self._pool_number + 1)
+        allowed = self.ledger.max_count(
+            spend, unit=unit, delta=delta, target_epsilon=target_epsilon, limit=limit
+        )
+        if spent > target_epsilon or allowed < min(limit, self._releases_per_step):
+            cost = self.ledger.epsilon_after(spend, 1, unit=unit, delta=delta)
+            raise BudgetExceededError(
+                f"The next step would pass target_epsilon={target_epsilon} per "
+                f"{unit.value} at delta={delta}: {spent:.4g} is spent, and one release "
+                f"of {self.mechanism} brings it to {cost:.4g}. Nothing was spent. Use "
+                "more noise, or leave the noise out to have it computed."
+            )
+        return allowed
+
+    def _account(self, steps: int) -> None:
+        """Records what the next steps spend; renews the pool when it is used up."""
+        releases = steps * self._releases_per_step
+        if isinstance(self.queries, QueryPool):
+            self._turn_pool(releases)
+        self.ledger.record(self._spend(), releases)
+        if self._horizon and self._shown_until <= 0:
+            self._epsilon_shown = self._epsilon_ahead(releases)
+            self._shown_until = self._horizon
+        self._shown_until -= releases
+
+    def _turn_pool(self, releases: int) -> None:
+        """Counts updates of the pool, renews it, stops where the budget ends."""
+        used_up = self._pool_updates + releases > self.queries.updates
+        if self._learner.pool_is_empty or used_up:
+            self._pool_number += 1
+            self._pool_updates = 0
+            self._learner.renew_pool()
+        self._pool_updates += releases
+        if self._budget < self.queries.updates:
+            self.stop_training = self._pool_updates + releases > self._budget
+
+    def _spend(self) -> Spend:
+        return self.queries.spend(self.mechanism, self._pool_number)
+
+    def _epsilon_ahead(self, releases: int) -> float:
+        """Epsilon at the end of the epoch that these releases begin."""
+        ahead = self._horizon - releases
+        if isinstance(self.queries, QueryPool):
+            ahead = min(ahead, self.queries.updates - self._pool_updates)
+        return self.ledger.epsilon_after(
+            self._spend(), max(ahead, 0), unit=self.mechanism.unit, delta=self.delta
+        )
+
+    def privacy_statement(
+        self, *, delta: float | None = None, accountant: str = "rdp"
+    ) -> PrivacyStatement:
+        """What the student's guarantee is, and what it is not.
+
+        Args:
+            delta: by default that of `fit`.
+            accountant: `"rdp"` or `"pld"`.
+
+        Returns:
+            The statement, of unit `RESPONSE`.
+        """
+        covered, not_covered = ["student"], ["teacher", "checkpoints (they hold keys)"]
+        (covered if self.generator_covered else not_covered).append("generator")
+        return statement_from_ledger(
+            self.ledger,
+            unit=self.mechanism.unit,
+            relation=self.mechanism.relation,
+            delta=delta or self.delta or 1e-5,
+            accountant=accountant,
+            mechanism=self.mechanism.name,
+            covered=covered,
+            not_covered=not_covered,
+            sampling=self.queries.assumption,
+            noise_seed=self.seed,
+            details={"mechanism": self.mechanism.get_config()},
+        )
+
+    # How it is kept.
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments.
+
+        Raises:
+            ValueError: the teacher is not a Keras model, so it has no config.
+        """
+        serialize = keras.saving.serialize_keras_object
+        config = {name: getattr(self, name) for name in _PLAIN_ARGUMENTS}
+        for name in ("student", "generator", "public_prior"):
+            config[name] = serialize(getattr(self, name))
+        for name in ("mechanism", "queries", "objective"):
+            value = getattr(self, name)
+            fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+            config[name] = {"kind": type(value).__name__, "fields": fields}
+        config["teacher"] = self.teacher.get_config()
+        return {**super().get_config(), **config}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> DPTranscriber:
+        """Makes the transcriber that `get_config` described."""
+        config = dict(config)
+        for name in ("student", "generator", "public_prior"):
+            config[name] = keras.saving.deserialize_keras_object(config[name])
+        for name in ("mechanism", "queries", "objective"):
+            entry = config[name]
+            config[name] = _KINDS[entry["kind"]](**entry["fields"])
+        config["teacher"] = Teacher.from_config(config["teacher"])
+        return cls(**config)
+
+    def save_own_variables(self, store: Any) -> None:
+        """Writes ledger, pool count, replay and the teacher's weights."""
+        super().save_own_variables(store)
+        store["ledger"] = _as_bytes(self.ledger.to_json())
+        state = {
+            "pool_number": self._pool_number,
+            "delta": self.delta,
+            "mechanism": self.mechanism.get_config(),
+        }
+        store["state"] = _as_bytes(json.dumps(state))
+        for index, weight in enumerate(self.teacher.get_weights()):
+            store[f"teacher_{index}"] = weight
+        if isinstance(self._learner, AnswerLearner):
+            for index, value in enumerate(self._learner.get_replay()):
+                store[f"replay_{index}"] = value
+
+    def load_own_variables(self, store: Any) -> None:
+        """Reads what `save_own_variables` wrote."""
+        own = len(self._trainable_variables) + len(self._non_trainable_variables)
+        super().load_own_variables({str(i): store[str(i)] for i in range(own)})
+        self.ledger = Ledger.from_json(_as_text(store["ledger"]))
+        state = json.loads(_as_text(store["state"]))
+        self.mechanism = type(self.mechanism)(**state["mechanism"])
+        self.delta = state["delta"]
+        self._pool_number = state["pool_number"]
+        weights = _numbered(store, "teacher")
+        if weights:
+            self.teacher.set_weights(weights)
+        replay = _numbered(store, "replay")
+        if replay:
+            self._prepare()
+            self._learner.set_replay(replay)
+
+    def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Saves everything to a `.keras` file that is never seen half written.
+
+        Args:
+            path: ends in `.keras`. Load it with `keras.saving.load_model`.
+
+        **Privacy**: holds the noise key and the teacher; keep it as secret as them.
+        """
+        path = pathlib.Path(path)
+        partial = path.with_name(f".partial-{path.name}")
+        self.save(partial)
+        os.replace(partial, path)
+
+
+_PLAIN_ARGUMENTS = (
+    "public_share",
+    "student_updates",
+    "generator_updates",
+    "generator_batch_size",
+    "replay_size",
+    "replay_batch_size",
+    "generator_covered",
+    "seed",
+)
+_KINDS: dict[str, Any] = {
+    kind.__name__: kind
+    for kind in (
+        ClippedGradient,
+        NormalizedGradient,
+        NormalizedOutputGradient,
+        NoisyAnswer,
+        RandomizedResponse,
+        SelectiveRandomizedResponse,
+        FreshQueries,
+        QueryPool,
+        GeneratorObjective,
+    )
+}
+
+
+def _as_bytes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+def _as_text(values: Any) -> str:
+    return np.asarray(values, np.uint8).tobytes().decode()
+
+
+def _numbered(store: Any, prefix: str) -> list[np.ndarray]:
+    """The arrays stored as `prefix_0`, `prefix_1` and so on."""
+    found = []
+    while f"{prefix}_{len(found)}" in store.keys():
+        found.append(np.asarray(store[f"{prefix}_{len(found)}"]))
+    return found
+
+
+def _check_source(name: str, source: Any, teacher: Teacher) -> None:
+    """Refuses a generator whose images the teacher does not take."""
+    if source is None and name == "public_prior":
+        return
+    for own, of_teacher in (
+        ("image_shape", "input_shape"),
+        ("output_range", "input_range"),
+    ):
+        wanted = tuple(getattr(teacher, of_teacher))
+        if tuple(getattr(source, own, ())) != wanted:
+            expected = f"a generator with {own}={wanted}, the teacher's {of_teacher}"
+            raise _validate.invalid(name, source, expected)
+
+
+def _check_queries(queries: Queries, mechanism: Mechanism, replicas: int) -> None:
+    """Refuses a sampler that the mechanism's cost is not stated for."""
+    _validate.instance_of("queries", queries, (FreshQueries, QueryPool))
+    reusable = isinstance(mechanism, GradientMechanism) and mechanism.reusable
+    if isinstance(queries, QueryPool) and not reusable:
+        mend = "It noises every answer by itself; use FreshQueries."
+        expected = f"FreshQueries with {mechanism.name}"
+        raise _validate.invalid("queries", queries, expected, mend)
+    for name in ("batch_size", "size"):
+        if getattr(queries, name, replicas) % replicas:
+            expected = f"a multiple of the {replicas} replicas"
+            raise _validate.invalid(name, getattr(queries, name), expected)
