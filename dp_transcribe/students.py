@@ -1,0 +1,269 @@
+"""Students: small classifiers that per-example gradients are cheap for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+
+from dp_transcribe._validate import instance_of, invalid, positive_int
+
+
+def lenet_student(
+    input_shape: Sequence[int],
+    num_classes: int,
+    *,
+    filters: tuple[int, int] = (16, 32),
+    units: int = 32,
+    activation: str = "tanh",
+) -> keras.Model:
+    """The small network of private training: two strided convolutions, two dense.
+
+    Bounded activations keep clipped gradients informative, hence tanh. 26,010 weights
+    for 28 x 28 x 1 images and 10 classes.
+
+    Args:
+        input_shape: `(height, width, channels)`.
+        num_classes: Number of logits.
+        filters: Channels of the two convolutions.
+        units: Width of the hidden dense layer.
+        activation: Of all hidden layers.
+
+    Returns:
+        A model `[batch, h, w, c] -> logits [batch, num_classes]`.
+
+    References:
+        Papernot et al. 2021, "Tempered Sigmoid Activations for Deep Learning with
+        Differential Privacy", arXiv:2007.14191.
+    """
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            layers.Input(tuple(input_shape)),
+            layers.Conv2D(filters[0], 8, 2, "same", activation=activation),
+            layers.MaxPooling2D(2, 1),
+            layers.Conv2D(filters[1], 4, 2, activation=activation),
+            layers.MaxPooling2D(2, 1),
+            layers.Flatten(),
+            layers.Dense(units, activation=activation),
+            layers.Dense(positive_int("num_classes", num_classes), name="logits"),
+        ],
+        name="student",
+    )
+
+
+def mlp_student(
+    input_shape: Sequence[int],
+    num_classes: int,
+    *,
+    units: Sequence[int] = (256, 256),
+    activation: str = "relu",
+) -> keras.Model:
+    """A fully connected student.
+
+    Args:
+        input_shape: Shape of one input; flattened.
+        num_classes: Number of logits.
+        units: Widths of the hidden layers.
+        activation: Of all hidden layers.
+
+    Returns:
+        A model `[batch, *input_shape] -> logits [batch, num_classes]`.
+    """
+    layers = keras.layers
+    model = keras.Sequential([layers.Input(tuple(input_shape))], name="student")
+    model.add(layers.Flatten())
+    for width in units:
+        model.add(layers.Dense(width, activation=activation))
+    model.add(layers.Dense(positive_int("num_classes", num_classes), name="logits"))
+    return model
+
+
+def conv_student(
+    input_shape: Sequence[int],
+    num_classes: int,
+    *,
+    filters: Sequence[int] = (32, 64, 128),
+    units: int = 128,
+    groups: int | None = 8,
+    activation: str = "relu",
+) -> keras.Model:
+    """A wider student: blocks of convolution, normalisation, activation, pooling.
+
+    Args:
+        input_shape: `(height, width, channels)`.
+        num_classes: Number of logits.
+        filters: Channels of each block; multiples of `groups`.
+        units: Width of the hidden dense layer.
+        groups: Groups of the group normalisation, or `None` for none at all.
+        activation: Of all hidden layers.
+
+    Returns:
+        A model `[batch, h, w, c] -> logits [batch, num_classes]`.
+    """
+    layers = keras.layers
+    model = keras.Sequential([layers.Input(tuple(input_shape))], name="student")
+    for width in filters:
+        model.add(layers.Conv2D(width, 3, padding="same", use_bias=groups is None))
+        if groups is not None:
+            model.add(layers.GroupNormalization(groups))
+        model.add(layers.Activation(activation))
+        model.add(layers.MaxPooling2D())
+    model.add(layers.Flatten())
+    model.add(layers.Dense(units, activation=activation))
+    model.add(layers.Dense(positive_int("num_classes", num_classes), name="logits"))
+    return model
+
+
+def replace_batch_norm(model: keras.Model, groups: int = 8) -> keras.Model:
+    """A copy of a model with group normalisation in place of batch normalisation.
+
+    Batch normalisation mixes the examples of a batch, so no example's contribution
+    to a gradient is bounded, and its moving statistics leave the mechanism unnoised.
+
+    Args:
+        model: A Functional or Sequential model, nested ones included.
+        groups: Most groups in a layer; fewer where they would not divide its channels.
+
+    Returns:
+        A new model. All other layers have copies of the old weights; scale and offset
+        of the new layers start at 1 and 0, so it must be trained again.
+    """
+    instance_of("model", model, keras.Model)
+    groups = positive_int("groups", groups)
+    copy = _clone(model, groups)
+    _copy_weights(model, copy)
+    return copy
+
+
+def _clone(model: keras.Model, groups: int) -> keras.Model:
+    """A copy of `model` with new weights and no batch normalisation."""
+
+    def replace(layer: keras.layers.Layer) -> keras.layers.Layer:
+        if isinstance(layer, keras.Model):
+            return _clone(layer, groups)
+        if isinstance(layer, keras.layers.BatchNormalization):
+            return _group_norm(layer, groups)
+        return type(layer).from_config(layer.get_config())
+
+    if isinstance(model, keras.Sequential):
+        return keras.models.clone_model(model, clone_function=replace)
+    return keras.models.clone_model(
+        model, clone_function=replace, call_function=_call_layer
+    )
+
+
+def _call_layer(layer: keras.layers.Layer, *args: Any, **kwargs: Any) -> Any:
+    """Calls a copied layer; group normalisation takes the input and nothing else."""
+    if isinstance(layer, keras.layers.GroupNormalization):
+        return layer(args[0])
+    return layer(*args, **kwargs)
+
+
+def _group_norm(
+    layer: keras.layers.BatchNormalization, groups: int
+) -> keras.layers.GroupNormalization:
+    """Group normalisation in place of `layer`, in the most groups that divide it."""
+    channels = int(layer.moving_mean.shape[0])
+    return keras.layers.GroupNormalization(
+        next(g for g in range(min(groups, channels), 0, -1) if channels % g == 0),
+        axis=layer.axis,
+        epsilon=layer.epsilon,
+        center=layer.center,
+        scale=layer.scale,
+        name=layer.name,
+        dtype=layer.dtype_policy,
+    )
+
+
+def _leaves(model: keras.Model) -> Iterator[keras.layers.Layer]:
+    """The layers of a model and of the models inside it, in order."""
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            yield from _leaves(layer)
+        else:
+            yield layer
+
+
+def _copy_weights(source: keras.Model, target: keras.Model) -> None:
+    for old, new in zip(_leaves(source), _leaves(target), strict=True):
+        if type(old) is type(new):
+            new.set_weights(old.get_weights())
+
+
+def batch_norm_layers(model: keras.Model) -> list[str]:
+    """Names of the layers that normalise over the batch, wherever they are nested."""
+    layers = model._flatten_layers(include_self=False, recursive=True)
+    return [
+        layer.name
+        for layer in layers
+        if isinstance(layer, keras.layers.BatchNormalization)
+    ]
+
+
+def check_student(student: keras.Model, teacher: Any) -> None:
+    """Checks that a student can learn privately from a teacher.
+
+    Args:
+        student: A built Keras model ending in logits `[batch, classes]`.
+        teacher: A `Teacher`: its `num_classes`, `input_shape` and `model` are read.
+
+    Raises:
+        ValueError: if the student has batch normalisation, a float16 policy, another
+            input shape or number of classes than the teacher, or weights of the
+            teacher's.
+
+    **Privacy**: batch normalisation, float16 and shared weights would each break the
+    guarantee; all are refused before anything is spent.
+    """
+    instance_of("student", student, keras.Model)
+    _check_shapes(student, teacher)
+    found = batch_norm_layers(student)
+    if found:
+        mend = "Use `replace_batch_norm(student)`, which has group normalisation."
+        expected = "a student without BatchNormalization, which mixes examples"
+        raise invalid("student", found, expected, mend)
+    _check_dtypes(student)
+    _check_own_weights(student, teacher)
+
+
+def _check_shapes(student: keras.Model, teacher: Any) -> None:
+    if not student.built or not hasattr(student, "input_shape"):
+        expected = "a built Functional or Sequential model"
+        raise invalid("student", student, expected, "Start it with `keras.Input`.")
+    inputs, outputs = student.input_shape, student.output_shape
+    if tuple(inputs[1:]) != tuple(teacher.input_shape):
+        expected = f"a student of the teacher's input shape {teacher.input_shape}"
+        raise invalid("student", f"input shape {inputs}", expected)
+    if tuple(outputs[1:]) != (teacher.num_classes,):
+        expected = f"a student ending in {teacher.num_classes} logits, as the teacher"
+        raise invalid("student", f"output shape {outputs}", expected)
+    last = student.layers[-1]
+    activation = getattr(last, "activation", None)
+    normalizes = activation in (keras.activations.softmax, keras.activations.sigmoid)
+    if normalizes or isinstance(last, keras.layers.Softmax):
+        mend = "Leave out the activation after its last dense layer."
+        raise invalid("student", last.name, "a student ending in logits", mend)
+
+
+def _check_dtypes(student: keras.Model) -> None:
+    """Refuses float16: its gradients under- and overflow before they are clipped."""
+    for layer in student._flatten_layers(include_self=True, recursive=True):
+        policy = layer.dtype_policy
+        if "float16" in (policy.compute_dtype, policy.variable_dtype):
+            mend = "Use 'float32' or 'mixed_bfloat16'."
+            expected = f"no float16 policy (layer '{layer.name}')"
+            raise invalid("student", policy.name, expected, mend)
+
+
+def _check_own_weights(student: keras.Model, teacher: Any) -> None:
+    model = getattr(teacher, "model", None)
+    if model is None:
+        return
+    private = {id(variable) for variable in model.variables}
+    shared = [v.path for v in student.variables if id(v) in private]
+    if shared:
+        mend = "Clone the layers; their private values would be released as they are."
+        expected = "a student that shares no weights with the teacher"
+        raise invalid("student", shared, expected, mend)

@@ -1,0 +1,141 @@
+import keras
+import numpy as np
+import pytest
+
+from dp_transcribe.students import (
+    batch_norm_layers,
+    check_student,
+    conv_student,
+    lenet_student,
+    mlp_student,
+    replace_batch_norm,
+)
+from dp_transcribe.teachers import Teacher
+
+layers = keras.layers
+SHAPE = (12, 12, 1)
+
+
+def _batch_norm_model():
+    block = keras.Sequential(
+        [
+            layers.Input((10, 10, 12)),
+            layers.Conv2D(6, 3),
+            layers.BatchNormalization(name="inner_norm"),
+        ],
+        name="block",
+    )
+    inputs = keras.Input(SHAPE)
+    hidden = layers.Conv2D(12, 3)(inputs)
+    hidden = layers.BatchNormalization(scale=False, name="outer_norm")(hidden)
+    hidden = layers.Flatten()(block(hidden))
+    return keras.Model(inputs, layers.Dense(4)(hidden))
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return Teacher(mlp_student(SHAPE, 4, units=[8]))
+
+
+@pytest.mark.parametrize("build", [lenet_student, mlp_student, conv_student])
+@pytest.mark.parametrize("shape", [(28, 28, 1), (32, 32, 3)])
+def test_students_end_in_logits_and_pass_the_check(build, shape):
+    student = build(shape, 7)
+    assert student.output_shape == (None, 7)
+    check_student(student, Teacher(mlp_student(shape, 7, units=[4])))
+
+
+def test_lenet_is_the_small_network_of_the_paper():
+    assert lenet_student((28, 28, 1), 10).count_params() == 26010
+
+
+def test_conv_student_without_normalisation_has_none():
+    kinds = {type(layer) for layer in conv_student((28, 28, 1), 10, groups=None).layers}
+    assert layers.GroupNormalization not in kinds
+
+
+def test_replace_batch_norm_keeps_the_other_weights_and_the_old_model():
+    keras.utils.set_random_seed(0)
+    model = _batch_norm_model()
+    before = model.get_weights()
+    copy = replace_batch_norm(model, groups=8)
+    assert batch_norm_layers(model) == ["outer_norm", "inner_norm"]
+    assert batch_norm_layers(copy) == []
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+    old = {v.path: v.numpy() for v in model.variables if "norm" not in v.path}
+    new = {v.path: v.numpy() for v in copy.variables if "norm" not in v.path}
+    assert old.keys() == new.keys()
+    for path in old:
+        np.testing.assert_array_equal(old[path], new[path])
+    assert not {id(v) for v in model.variables} & {id(v) for v in copy.variables}
+
+
+def test_replaced_layers_use_groups_that_divide_and_keep_their_options():
+    copy = replace_batch_norm(_batch_norm_model(), groups=8)
+    outer, block = copy.get_layer("outer_norm"), copy.get_layer("block")
+    inner = block.get_layer("inner_norm")
+    assert (outer.groups, inner.groups) == (6, 6)  # of 12 and 6 channels
+    assert not outer.scale
+    assert inner.scale
+
+
+def test_a_replaced_model_treats_examples_one_by_one():
+    copy = replace_batch_norm(_batch_norm_model())
+    images = np.random.default_rng(0).random((5, *SHAPE), np.float32)
+    together = copy(images, training=True)
+    alone = copy(images[2:3], training=True)
+    np.testing.assert_allclose(together[2:3], alone, atol=1e-5)
+
+
+def test_batch_norm_is_refused_by_name(teacher):
+    with pytest.raises(ValueError, match="inner_norm.*replace_batch_norm"):
+        check_student(_batch_norm_model(), teacher)
+    check_student(replace_batch_norm(_batch_norm_model()), teacher)
+
+
+def test_shapes_must_match_the_teachers(teacher):
+    with pytest.raises(ValueError, match="input shape"):
+        check_student(mlp_student((14, 14, 1), 4), teacher)
+    with pytest.raises(ValueError, match="4 logits"):
+        check_student(mlp_student(SHAPE, 5), teacher)
+    with pytest.raises(ValueError, match="built Functional or Sequential"):
+        check_student(keras.Sequential([layers.Dense(4)]), teacher)
+
+
+def test_a_student_that_ends_in_probabilities_is_refused(teacher):
+    softmax = layers.Dense(4, activation="softmax")
+    student = keras.Sequential([layers.Input(SHAPE), layers.Flatten(), softmax])
+    with pytest.raises(ValueError, match="ending in logits"):
+        check_student(student, teacher)
+    student = keras.Sequential([mlp_student(SHAPE, 4), layers.Softmax()])
+    with pytest.raises(ValueError, match="ending in logits"):
+        check_student(student, teacher)
+
+
+def test_shared_weights_are_refused(teacher):
+    inputs = keras.Input(SHAPE)
+    flat = layers.Flatten()(inputs)
+    shared = teacher.model.layers[1](flat)
+    student = keras.Model(inputs, layers.Dense(4)(shared))
+    with pytest.raises(ValueError, match="shares no weights"):
+        check_student(student, teacher)
+    with pytest.raises(ValueError, match="shares no weights"):
+        check_student(teacher.model, teacher)
+
+
+def test_float16_is_refused_and_bfloat16_allowed(teacher):
+    def build(policy):
+        return keras.Sequential(
+            [
+                layers.Input(SHAPE),
+                layers.Flatten(),
+                layers.Dense(8, dtype=policy, name="hidden"),
+                layers.Dense(4),
+            ]
+        )
+
+    for policy in ("mixed_float16", "float16"):
+        with pytest.raises(ValueError, match="float16.*hidden"):
+            check_student(build(policy), teacher)
+    check_student(build("mixed_bfloat16"), teacher)
