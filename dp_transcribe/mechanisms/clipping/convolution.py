@@ -36,7 +36,7 @@ class Spec:
         kernel: rows and columns of the kernel.
         strides: along rows and columns.
         dilations: along rows and columns.
-        padding: "VALID", "SAME" or "CAUSAL".
+        padding: "VALID" or "SAME".
         groups: number of groups of channels.
     """
 
@@ -48,14 +48,16 @@ class Spec:
     groups: int = 1
 
     @classmethod
-    def of(cls, layer: keras.layers.Layer, kernel: keras.Variable) -> Spec:
+    def of(
+        cls, layer: keras.layers.Layer, kernel: keras.Variable, padding: str
+    ) -> Spec:
         """Reads the facts of a Keras convolution of one or two dimensions."""
         return cls(
             shape=tuple(kernel.shape),
             kernel=two(layer.kernel_size),
             strides=two(layer.strides),
             dilations=two(layer.dilation_rate),
-            padding=layer.padding.upper(),
+            padding=padding.upper(),
             groups=getattr(layer, "groups", 1),
         )
 
@@ -67,8 +69,6 @@ class Spec:
     def before(self, axis: int, size: int, count: int) -> int:
         """How much padding comes before `size` inputs that give `count` outputs."""
         reach = (self.kernel[axis] - 1) * self.dilations[axis]
-        if self.padding == "CAUSAL":
-            return reach
         needed = (count - 1) * self.strides[axis] + reach + 1
         return max(needed - size, 0) // 2 if self.padding == "SAME" else 0
 
@@ -265,20 +265,37 @@ def _grouped(spec: Spec, patches: tf.Tensor, deltas: tf.Tensor) -> Explicit:
     return Explicit(tf.reshape(values, [-1, size]), spec.shape)
 
 
+def depthwise_gradient(spec: Spec, inputs: tf.Tensor, deltas: tf.Tensor) -> Explicit:
+    """Returns the per-example gradients of a depthwise kernel.
+
+    Args:
+        spec: the convolution; the kernel's shape ends in channels and multiplier.
+        inputs: `[batch, ..., channels]`, channels last.
+        deltas: `[batch, ..., channels times multiplier]`.
+    """
+    inputs, deltas = as_image(to_float32(inputs)), as_image(to_float32(deltas))
+    counts = deltas.shape[1:3]
+    patches = _patches(spec, inputs, deltas)
+    channels, multiplier = spec.shape[-2:]
+    deltas = tf.reshape(deltas, [-1, *counts, channels, multiplier])
+    parts = [
+        tf.reduce_sum(patch[..., None] * deltas, axis=(1, 2))
+        for patch in tf.split(patches, spec.kernel[0] * spec.kernel[1], axis=-1)
+    ]
+    size = len(parts) * channels * multiplier
+    return Explicit(tf.reshape(tf.stack(parts, axis=1), [-1, size]), spec.shape)
+
+
 def _of_unknown_size(
     spec: Spec, inputs: tf.Tensor, deltas: tf.Tensor
 ) -> PerExampleGradient:
     """Returns the gradients for images whose size is not known beforehand."""
-    padding = spec.padding
-    if padding == "CAUSAL":
-        before = spec.dilations[1] * (spec.kernel[1] - 1)
-        inputs, padding = tf.pad(inputs, [[0, 0], [0, 0], [before, 0], [0, 0]]), "VALID"
     patches = tf.image.extract_patches(
         inputs,
         sizes=[1, *spec.kernel, 1],
         strides=[1, *spec.strides, 1],
         rates=[1, *spec.dilations, 1],
-        padding=padding,
+        padding=spec.padding,
     )
     rows = spec.kernel[0] * spec.kernel[1] * inputs.shape[-1]
     shape = tf.shape(deltas)

@@ -117,6 +117,43 @@ class Factored:
         return dataclasses.replace(self, inputs=fn(self.inputs), deltas=fn(self.deltas))
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Gradients of a table of which each example looks up a few rows.
+
+    Attributes:
+        rows: `[batch, positions]` int32, the rows looked up.
+        deltas: `[batch, positions, columns]` float32.
+        shape: rows and columns of the table.
+    """
+
+    rows: tf.Tensor
+    deltas: tf.Tensor
+    shape: tuple[int, ...]
+
+    def squared_norms(self) -> tf.Tensor:
+        """Returns `[batch]` float32; a row that is looked up twice counts once."""
+        same = to_float32(self.rows[:, :, None] == self.rows[:, None, :])
+        gram = tf.matmul(self.deltas, self.deltas, transpose_b=True)
+        return tf.maximum(tf.reduce_sum(same * gram, axis=(1, 2)), 0.0)
+
+    def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
+        """Returns the sum over the batch, in the table's shape."""
+        deltas = tf.math.multiply_no_nan(self.deltas, weights[:, None, None])
+        deltas = tf.reshape(deltas, [-1, self.shape[1]])
+        rows = tf.reshape(self.rows, [-1])
+        return tf.math.unsorted_segment_sum(deltas, rows, self.shape[0])
+
+    def explicit(self) -> Explicit:
+        """Returns the same gradients written out."""
+        chosen = tf.one_hot(self.rows, self.shape[0])
+        return Factored(chosen, self.deltas, self.shape).explicit()
+
+    def map(self, fn: Callable[[tf.Tensor], tf.Tensor]) -> Rows:
+        """Returns a copy with `fn` applied to rows and deltas."""
+        return dataclasses.replace(self, rows=fn(self.rows), deltas=fn(self.deltas))
+
+
 def outer(
     inputs: tf.Tensor, deltas: tf.Tensor, shape: tuple[int, ...]
 ) -> PerExampleGradient:

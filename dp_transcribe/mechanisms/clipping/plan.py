@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator
 
 import keras
+import tensorflow as tf
 
 from dp_transcribe.mechanisms.clipping.recording import Recorder
-from dp_transcribe.mechanisms.clipping.rules import RULES
+from dp_transcribe.mechanisms.clipping.registry import has_rule, rule_of
 
 _copies: weakref.WeakKeyDictionary[keras.Model, keras.Model] = (
     weakref.WeakKeyDictionary()
@@ -19,26 +21,31 @@ def unsupported_layer(model: keras.Model) -> keras.layers.Layer | None:
     """Returns the first layer that one-pass clipping has no rule for, if any."""
     if not is_graph(model):
         return model
-    return next((x for x in leaves(model) if not is_supported(x)), None)
+    layers = list(leaves(model))
+    masked = any(makes_mask(layer) for layer in layers)
+    return next((x for x in layers if not is_supported(x, masked)), None)
 
 
 def recording_copy(model: keras.Model) -> keras.Model:
     """Returns a model that shares `model`'s layers and can be recorded.
 
-    Built once for each model. Layers without weights are used as they are; those
-    that hold weights are wrapped, and so read the current values of the variables.
+    Built once for each model. Layers without a rule are used as they are; the others
+    are wrapped, and so read the current values of the variables.
     """
     if model not in _copies:
-        view = keras.Model(model.inputs, model.outputs)
-        _copies[model] = keras.models.clone_model(
-            view, clone_function=wrap, recursive=True
-        )
+        with tf.init_scope():
+            view = keras.Model(model.inputs, model.outputs)
+            _copies[model] = keras.models.clone_model(
+                view, clone_function=wrap, recursive=True
+            )
     return _copies[model]
 
 
 def wrap(layer: keras.layers.Layer) -> keras.layers.Layer:
     """Wraps a layer that a rule is known for; returns any other as it is."""
-    rule = RULES.get(type(layer))
+    if not isinstance(layer, keras.layers.Layer) or not layer.weights:
+        return layer
+    rule = rule_of(layer)
     return layer if rule is None else Recorder(layer, rule)
 
 
@@ -56,14 +63,25 @@ def is_graph(layer: keras.layers.Layer) -> bool:
     return any(type(layer).call is graph.call for graph in _graph_types())
 
 
-def is_supported(layer: keras.layers.Layer) -> bool:
-    """Whether a layer has no trainable weights, or has a rule."""
+def makes_mask(layer: keras.layers.Layer) -> bool:
+    """Whether a layer attaches a Keras mask to what it returns."""
+    return isinstance(layer, keras.layers.Masking) or bool(
+        getattr(layer, "mask_zero", False)
+    )
+
+
+def is_supported(layer: keras.layers.Layer, masked: bool) -> bool:
+    """Whether a layer needs no rule, or has one; attention has none with masks."""
+    if isinstance(layer, _graph_types()):
+        return False
     if not layer.trainable_variables:
-        return not isinstance(layer, keras.Model) or not layer.layers
-    plain = not getattr(layer, "lora_enabled", False)
-    return plain and layer.quantization_mode is None and type(layer) in RULES
+        return True
+    if masked and isinstance(layer, keras.layers.MultiHeadAttention):
+        return False
+    return has_rule(layer)
 
 
+@functools.cache
 def _graph_types() -> tuple[type, type]:
     """Sequential, and the type that `keras.Model(inputs, outputs)` makes."""
     tensor = keras.Input((1,))

@@ -88,7 +88,9 @@ class Recorder(keras.layers.Layer):
     """
 
     def __init__(self, layer: keras.layers.Layer, rule: Rule) -> None:
-        super().__init__(name=layer.name, dtype=layer.dtype_policy)
+        super().__init__(
+            name=layer.name, dtype=layer.dtype_policy, autocast=layer.autocast
+        )
         self.layer = layer
         self.rule = rule
         self.supports_masking = layer.supports_masking

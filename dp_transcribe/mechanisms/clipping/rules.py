@@ -1,8 +1,7 @@
 """How each kind of layer is computed with its pre-activations tapped.
 
 A rule does what the layer's `call` does, in two steps: the part that is linear in
-the weights, whose output is tapped, and the rest. `RULES` is looked up by exact
-type, since a subclass may compute something else.
+the weights, whose output is tapped, and the rest.
 """
 
 from __future__ import annotations
@@ -16,10 +15,11 @@ from dp_transcribe.mechanisms.clipping import convolution
 from dp_transcribe.mechanisms.clipping.per_example import (
     Explicit,
     PerExampleGradient,
+    Rows,
     outer,
     to_float32,
 )
-from dp_transcribe.mechanisms.clipping.recording import Recording, Rule
+from dp_transcribe.mechanisms.clipping.recording import Recording
 
 Pairs = list[tuple[keras.Variable, PerExampleGradient]]
 
@@ -29,7 +29,7 @@ def dense(
 ) -> tf.Tensor:
     """Dense, on the last axis of inputs of any rank."""
     output = keras.ops.matmul(inputs, layer.kernel)
-    if layer.use_bias:
+    if layer.bias is not None:
         output = keras.ops.add(output, layer.bias)
 
     def backward(delta: tf.Tensor) -> Pairs:
@@ -44,10 +44,17 @@ def conv(
     layer: keras.layers.Layer, recording: Recording, inputs: tf.Tensor, **_: Any
 ) -> tf.Tensor:
     """Conv1D and Conv2D with stride, padding, dilation and groups."""
-    spec = convolution.Spec.of(layer, layer.kernel)
-    output = layer.convolution_op(inputs, layer.kernel)
-    if layer.use_bias:
-        output = keras.ops.add(output, channel_vector(layer, layer.bias))
+    inputs, padding = causally_padded(layer, inputs)
+    spec = convolution.Spec.of(layer, layer.kernel, padding)
+    output = keras.ops.conv(
+        inputs,
+        layer.kernel,
+        strides=list(layer.strides),
+        padding=padding,
+        data_format=layer.data_format,
+        dilation_rate=layer.dilation_rate,
+    )
+    output = with_bias(layer, output)
 
     def backward(delta: tf.Tensor) -> Pairs:
         delta = channels_last(layer, delta)
@@ -56,6 +63,105 @@ def conv(
 
     recording.tap(output, backward, [layer.kernel, layer.bias])
     return activated(layer, output)
+
+
+def conv_transpose(
+    layer: keras.layers.Layer, recording: Recording, inputs: tf.Tensor, **_: Any
+) -> tf.Tensor:
+    """Conv1DTranspose and Conv2DTranspose: a convolution with its ends swapped."""
+    spec = convolution.Spec.of(layer, layer.kernel, layer.padding)
+    output = keras.ops.conv_transpose(
+        inputs,
+        layer.kernel,
+        strides=list(layer.strides),
+        padding=layer.padding,
+        output_padding=layer.output_padding,
+        data_format=layer.data_format,
+        dilation_rate=layer.dilation_rate,
+    )
+    output = with_bias(layer, output)
+
+    def backward(delta: tf.Tensor) -> Pairs:
+        delta = channels_last(layer, delta)
+        kernel = convolution.gradient(spec, delta, channels_last(layer, inputs))
+        return [(layer.kernel, kernel), *bias(layer, delta)]
+
+    recording.tap(output, backward, [layer.kernel, layer.bias])
+    return activated(layer, output)
+
+
+def depthwise_conv(
+    layer: keras.layers.Layer, recording: Recording, inputs: tf.Tensor, **_: Any
+) -> tf.Tensor:
+    """DepthwiseConv1D and DepthwiseConv2D."""
+    output = with_bias(layer, _depthwise(layer, inputs, layer.kernel))
+
+    def backward(delta: tf.Tensor) -> Pairs:
+        return [
+            _depthwise_pair(layer, layer.kernel, inputs, delta),
+            *bias(layer, channels_last(layer, delta)),
+        ]
+
+    recording.tap(output, backward, [layer.kernel, layer.bias])
+    return activated(layer, output)
+
+
+def separable_conv(
+    layer: keras.layers.Layer, recording: Recording, inputs: tf.Tensor, **_: Any
+) -> tf.Tensor:
+    """SeparableConv1D and SeparableConv2D: a depthwise, then a pointwise part."""
+    middle = _depthwise(layer, inputs, layer.depthwise_kernel)
+    recording.tap(
+        middle,
+        lambda delta: [_depthwise_pair(layer, layer.depthwise_kernel, inputs, delta)],
+        [layer.depthwise_kernel],
+    )
+    output = keras.ops.conv(
+        middle, layer.pointwise_kernel, data_format=layer.data_format
+    )
+    output = with_bias(layer, output)
+
+    def backward(delta: tf.Tensor) -> Pairs:
+        delta, point = channels_last(layer, delta), channels_last(layer, middle)
+        shape = tuple(layer.pointwise_kernel.shape)
+        kernel = outer(positions(point), positions(delta), shape)
+        return [(layer.pointwise_kernel, kernel), *bias(layer, delta)]
+
+    recording.tap(output, backward, [layer.pointwise_kernel, layer.bias])
+    return activated(layer, output)
+
+
+def embedding(
+    layer: keras.layers.Embedding, recording: Recording, inputs: tf.Tensor, **_: Any
+) -> tf.Tensor:
+    """Embedding: only the rows that an example looks up have a gradient."""
+    output = layer(inputs)
+    shape = tuple(layer.embeddings.shape)
+
+    def backward(delta: tf.Tensor) -> Pairs:
+        rows = tf.cast(inputs, tf.int32)
+        rows = tf.where(rows < 0, rows + shape[0], rows)
+        rows = tf.reshape(rows, [tf.shape(rows)[0], -1])
+        deltas = tf.reshape(to_float32(delta), [*tf.unstack(tf.shape(rows)), shape[1]])
+        return [(layer.embeddings, Rows(rows, deltas, shape))]
+
+    recording.tap(output, backward, [layer.embeddings])
+    return output
+
+
+def prelu(
+    layer: keras.layers.PReLU, recording: Recording, inputs: tf.Tensor, **_: Any
+) -> tf.Tensor:
+    """PReLU: a weight for the negative part."""
+    negative = keras.ops.relu(-inputs)
+    output = keras.ops.relu(inputs) - layer.alpha * negative
+    shape = tuple(layer.alpha.shape)
+    recording.tap(
+        output,
+        lambda delta: [(layer.alpha, summed(-to_float32(negative * delta), shape))],
+        [layer.alpha],
+    )
+    return output
 
 
 def positions(tensor: tf.Tensor) -> tf.Tensor:
@@ -68,21 +174,45 @@ def positions(tensor: tf.Tensor) -> tf.Tensor:
     return tf.reshape(tensor, [shape[0], tf.reduce_prod(shape[1:-1]), channels])
 
 
+def summed(values: tf.Tensor, shape: tuple[int, ...]) -> Explicit:
+    """Sums `[batch, ...]` to a variable that was broadcast from the last axes."""
+    first = values.shape.rank - len(shape)
+    kept = {first + i for i, size in enumerate(shape) if size != 1}
+    axes = [axis for axis in range(1, values.shape.rank) if axis not in kept]
+    values = tf.reduce_sum(to_float32(values), axis=axes) if axes else values
+    size = 1
+    for length in shape:
+        size *= length
+    return Explicit(tf.reshape(to_float32(values), [-1, size]), shape)
+
+
 def bias(layer: keras.layers.Layer, delta: tf.Tensor) -> Pairs:
     """The bias's gradients from channels-last `delta`, for a layer that has one."""
     if layer.bias is None:
         return []
-    axes = list(range(1, delta.shape.rank - 1))
-    values = to_float32(delta)
-    values = tf.reduce_sum(values, axis=axes) if axes else values
-    return [(layer.bias, Explicit(values, tuple(layer.bias.shape)))]
+    return [(layer.bias, summed(delta, tuple(layer.bias.shape)))]
 
 
-def channel_vector(layer: keras.layers.Layer, vector: Any) -> tf.Tensor:
-    """Reshapes a vector over channels so that it broadcasts over the outputs."""
+def causally_padded(
+    layer: keras.layers.Layer, inputs: tf.Tensor
+) -> tuple[tf.Tensor, str]:
+    """Returns a convolution's inputs and padding, "causal" done beforehand."""
+    if layer.padding != "causal":
+        return inputs, layer.padding
+    paddings = [[0, 0]] * inputs.shape.rank
+    axis = 1 if layer.data_format == "channels_last" else 2
+    paddings[axis] = [layer.dilation_rate[0] * (layer.kernel_size[0] - 1), 0]
+    return tf.pad(inputs, paddings), "valid"
+
+
+def with_bias(layer: keras.layers.Layer, output: tf.Tensor) -> tf.Tensor:
+    """Adds a convolution's bias, for a layer that has one."""
+    if layer.bias is None:
+        return output
     if layer.data_format == "channels_last":
-        return vector
-    return keras.ops.reshape(vector, (1, -1) + (1,) * layer.rank)
+        return keras.ops.add(output, layer.bias)
+    shape = (1, -1) + (1,) * layer.rank
+    return keras.ops.add(output, keras.ops.reshape(layer.bias, shape))
 
 
 def channels_last(layer: keras.layers.Layer, tensor: tf.Tensor) -> tf.Tensor:
@@ -97,8 +227,25 @@ def activated(layer: keras.layers.Layer, output: tf.Tensor) -> tf.Tensor:
     return output if layer.activation is None else layer.activation(output)
 
 
-RULES: dict[type, Rule] = {
-    keras.layers.Dense: dense,
-    keras.layers.Conv1D: conv,
-    keras.layers.Conv2D: conv,
-}
+def _depthwise(layer: keras.layers.Layer, inputs: tf.Tensor, kernel: Any) -> tf.Tensor:
+    """The depthwise part of a layer."""
+    return keras.ops.depthwise_conv(
+        inputs,
+        kernel,
+        strides=layer.strides,
+        padding=layer.padding,
+        data_format=layer.data_format,
+        dilation_rate=layer.dilation_rate,
+    )
+
+
+def _depthwise_pair(
+    layer: keras.layers.Layer,
+    kernel: keras.Variable,
+    inputs: tf.Tensor,
+    delta: tf.Tensor,
+) -> tuple[keras.Variable, PerExampleGradient]:
+    """A depthwise kernel with its gradients."""
+    spec = convolution.Spec.of(layer, kernel, layer.padding)
+    inputs, delta = channels_last(layer, inputs), channels_last(layer, delta)
+    return kernel, convolution.depthwise_gradient(spec, inputs, delta)
