@@ -137,6 +137,15 @@ def test_fixed_costs_are_counted():
     assert at_found <= 1.0
 
 
+@pytest.mark.parametrize("step", [1.1, 2.3456, 4.1, 7.7777, 30.0])
+def test_rounding_to_a_value_that_is_just_too_little_moves_on(step):
+    def make_event(noise_multiplier):
+        return GAUSSIAN(5.0 if noise_multiplier > step * (1 + 1e-12) else 1.0)
+
+    found = noise_multiplier_for(1.0, 1e-5, make_event, ZERO_OUT)
+    assert step < found <= step * (1 + 1.1e-4)
+
+
 @pytest.mark.parametrize("fixed", [dp_accounting.NonPrivateDpEvent(), PureDpEvent(2.0)])
 def test_a_target_that_no_noise_reaches_is_refused(fixed):
     def make_event(noise_multiplier):

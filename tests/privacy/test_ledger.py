@@ -222,6 +222,15 @@ def test_max_count_by_brute_force(event, already, target):
     assert ledger.to_json() == before
 
 
+def test_max_count_reaches_the_target_and_does_not_pass_it():
+    asked = dict(unit=Unit.RESPONSE, delta=DELTA)
+    one = spend(GAUSSIAN(20.0))
+    exact = Ledger().epsilon_after(one, 9, **asked)
+    for target, expected in ((exact, 9), (math.nextafter(exact, 0), 8)):
+        found = Ledger().max_count(one, target_epsilon=target, limit=50, **asked)
+        assert found == expected
+
+
 def test_max_count_by_pld_is_larger():
     asked = dict(unit=Unit.RESPONSE, delta=DELTA, target_epsilon=1.0, limit=50)
     one = spend(GAUSSIAN(15.0))
