@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -18,6 +18,7 @@ from dp_transcribe.generators.base import (
 from dp_transcribe.generators.fields import grid, tints
 
 _POLYGON_SIDES = 4
+_Outline = Callable[[Draws, tf.Tensor, tf.Tensor], tf.Tensor]
 
 
 @keras.saving.register_keras_serializable("dp_transcribe")
@@ -30,7 +31,8 @@ class DeadLeaves(ProceduralGenerator):
     Args:
         image_shape: `(height, width, channels)`.
         output_range: Lowest and highest pixel value.
-        leaves: How many leaves fall on an image.
+        rounds: How often leaves fall on an image: one oval, one rectangle and one
+            polygon in each round.
         radius: Smallest and largest radius, as a fraction of half the shorter side.
         texture: Probability that a leaf is striped instead of plain.
         background: Probability that the ground stays black, and each leaf with it
@@ -47,13 +49,13 @@ class DeadLeaves(ProceduralGenerator):
         image_shape: Sequence[int],
         *,
         output_range: Sequence[float] = (0.0, 1.0),
-        leaves: int = 24,
+        rounds: int = 8,
         radius: Sequence[float] = (0.15, 1.2),
         texture: float = 0.3,
         background: float = 0.5,
     ) -> None:
         super().__init__(image_shape, output_range=output_range)
-        self.leaves = positive_int("leaves", leaves)
+        self.rounds = positive_int("rounds", rounds)
         self.radius = check_positive_range("radius", radius)
         self.texture = probability("texture", texture)
         self.background = probability("background", background)
@@ -62,7 +64,7 @@ class DeadLeaves(ProceduralGenerator):
         """The constructor's arguments."""
         return {
             **super().get_config(),
-            "leaves": self.leaves,
+            "rounds": self.rounds,
             "radius": list(self.radius),
             "texture": self.texture,
             "background": self.background,
@@ -74,31 +76,42 @@ class DeadLeaves(ProceduralGenerator):
         black = draws.chance(self.background, 1, 1)
         ground = tints(draws, 1, 1, channels=channels, low=0.0)
         image = (1.0 - black[..., None]) * ground * tf.ones([height, width, 1])
-        for index in range(self.leaves):
-            cover, shade = self._leaf(draws, index, black)
+        seed = draws.seed()
+
+        def fall(index: tf.Tensor, image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            draws_of_round = Draws(draws.n, tf.random.fold_in(seed, index))
+            return index + 1, self._round(draws_of_round, image, black)
+
+        # A loop in the graph rather than of graph nodes, which take long to trace.
+        state = (tf.constant(0), image)
+        return tf.while_loop(lambda index, _: index < self.rounds, fall, state)[1]
+
+    def _round(self, draws: Draws, image: tf.Tensor, black: tf.Tensor) -> tf.Tensor:
+        """The image after a leaf of each kind has fallen on it."""
+        channels = self.image_shape[-1]
+        for outline in (self._oval, self._rectangle, self._polygon):
+            cover, shade = self._leaf(draws, outline, black)
             color = tints(draws, 1, 1, channels=channels, low=0.0)
             image += cover[..., None] * (color * shade[..., None] - image)
         return image
 
     def _leaf(
-        self, draws: Draws, index: int, black: tf.Tensor
+        self, draws: Draws, outline: _Outline, black: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """What a leaf covers and how bright it is there, each `[n, h, w]` in 0..1."""
         xs, ys = grid(self.image_shape)
-        radius = self._radius(draws)
         # On black the leaves make a pile: small ones, in the middle of the image.
-        reach = 1.2 - 0.75 * black
-        center = draws.uniform(2, 1, 1, low=-1.0) * reach[:, None]
-        radius *= 1.0 - 0.35 * black
+        radius = self._radius(draws) * (1.0 - 0.35 * black)
+        center = draws.uniform(2, 1, 1, low=-1.0) * (1.2 - 0.75 * black)[:, None]
         angle = draws.uniform(1, 1, high=2.0 * np.pi)
         stretch = draws.log_uniform(1, 1, low=0.5, high=2.0)
         cosine, sine = tf.cos(angle), tf.sin(angle)
         x, y = xs - center[:, 0], ys - center[:, 1]
         u = (cosine * x + sine * y) / (radius * stretch)
         v = (cosine * y - sine * x) / (radius / stretch)
-        level = (self._oval, self._rectangle, self._polygon)[index % 3](draws, u, v)
         pixels = 0.5 * min(self.image_shape[:2]) * radius
-        cover = tf.clip_by_value((1.0 - level) * pixels + 0.5, 0.0, 1.0)
+        edge = (1.0 - outline(draws, u, v)) * pixels
+        cover = tf.clip_by_value(edge + 0.5, 0.0, 1.0)
         return cover, self._texture(draws, u)
 
     def _radius(self, draws: Draws) -> tf.Tensor:

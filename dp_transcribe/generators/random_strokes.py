@@ -148,9 +148,11 @@ class RandomStrokes(ProceduralGenerator):
         low, high = (r * pixel_scale(self.image_shape) for r in self.pen_radius)
         radius = draws.log_uniform(1, 1, low=low, high=high)
         pen = radius * draws.uniform(self.strokes[1], 1, low=0.8, high=1.2)
-        # Weighted by arc length, a long straight stroke sums to exp(-d^2 / 2 pen^2).
         steps = tf.norm(curves[:, :, 1:] - curves[:, :, :-1], axis=-1)
         length = tf.concat([steps, steps[:, :, -1:]], axis=-1)
+        # Where points lie far apart the pen widens, lest they show as beads.
+        pen = tf.maximum(pen, length / 2.4)
+        # Weighted by arc length, a long straight stroke sums to exp(-d^2 / 2 pen^2).
         weight = length / (pen * np.sqrt(2.0 * np.pi)) * present[:, :, None]
         rows = self._profile(curves[..., 1], pen, height) * weight[..., None]
         columns = self._profile(curves[..., 0], pen, width)
