@@ -147,16 +147,15 @@ def _direct(spec: Spec, inputs: tf.Tensor, deltas: tf.Tensor) -> Explicit:
     else:
         stride = 1
     (rows, columns), channels, outputs = spec.kernel, inputs.shape[-1], deltas.shape[-1]
-    # Floats to move for one example: both sides expanded, or the inputs alone.
-    both = columns * channels + rows * outputs
-    both *= inputs.shape[1] * counts[1]
-    alone = counts[0] * counts[1] * (rows * columns * channels + outputs)
+    # Floats to move for each position: both sides expanded, or the inputs alone.
+    left = 2 * columns * channels
+    both, alone = left + 2 * rows * outputs, left + rows * columns * channels
     split = spec.strides[0] == 1 and both < alone
     values = _in_parts(
         lambda x, d: (_product_of_both if split else _product)(spec, x, d),
         inputs,
         deltas,
-        floats=both if split else alone,
+        floats=inputs.shape[1] * counts[1] * min(both, alone),
         size=rows * columns * channels * outputs,
     )
     folds = (stride, stride, channels // stride**2)
@@ -179,17 +178,18 @@ def _product_of_both(spec: Spec, inputs: tf.Tensor, deltas: tf.Tensor) -> tf.Ten
         `[batch, ...]` ordered as columns, channels, rows, out channels of the kernel.
     """
     height, (count, width) = inputs.shape[1], deltas.shape[1:3]
-    left = [spec.shifted(inputs, 1, j, width) for j in range(spec.kernel[1])]
+    left = _columns(spec, inputs, width)
     starts = [i * spec.dilations[0] for i in range(spec.kernel[0])]
     right = [
         tf.pad(deltas, [[0, 0], [start, height - count - start], [0, 0], [0, 0]])
         for start in starts
     ]
-    return _matmul(tf.concat(left, -1), tf.concat(right, -1), height * width)
+    product = _matmul(left, tf.concat(right, -1))
+    return tf.reshape(product, [-1, product.shape[1] * product.shape[2]])
 
 
 def _product(spec: Spec, inputs: tf.Tensor, deltas: tf.Tensor) -> tf.Tensor:
-    """Expands rows and columns on the inputs.
+    """Expands columns on the inputs and takes the rows one after the other.
 
     Args:
         spec: the convolution.
@@ -199,24 +199,33 @@ def _product(spec: Spec, inputs: tf.Tensor, deltas: tf.Tensor) -> tf.Tensor:
     Returns:
         `[batch, ...]` ordered as rows, columns, channels, out channels of the kernel.
     """
-    counts = tuple(deltas.shape[1:3])
-    return _matmul(_shifts(spec, inputs, counts), deltas, counts[0] * counts[1])
+    count, width = deltas.shape[1:3]
+    left = _columns(spec, inputs, width)
+    rows = [spec.shifted(left, 0, i, count) for i in range(spec.kernel[0])]
+    product = tf.stack([_matmul(row, deltas) for row in rows], axis=1)
+    return tf.reshape(product, [-1, product.shape[1:].num_elements()])
 
 
-def _matmul(left: tf.Tensor, right: tf.Tensor, positions: int) -> tf.Tensor:
-    """Sums the outer products of channels over positions: `[batch, ...]`, flat."""
+def _columns(spec: Spec, inputs: tf.Tensor, width: int) -> tf.Tensor:
+    """Puts what the offsets along columns meet side by side, as channels."""
+    return tf.concat(
+        [spec.shifted(inputs, 1, j, width) for j in range(spec.kernel[1])], -1
+    )
+
+
+def _matmul(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
+    """Sums the outer products of channels over positions: `[batch, left, right]`."""
+    positions = left.shape[1] * left.shape[2]
     left = tf.reshape(left, [-1, positions, left.shape[-1]])
     right = tf.reshape(right, [-1, positions, right.shape[-1]])
-    product = tf.matmul(left, right, transpose_a=True)
-    return tf.reshape(product, [-1, left.shape[-1] * right.shape[-1]])
+    return tf.matmul(left, right, transpose_a=True)
 
 
 def _shifts(spec: Spec, inputs: tf.Tensor, counts: tuple[int, int]) -> tf.Tensor:
     """Patches of padded inputs: `[batch, *counts, kernel size times channels]`."""
-    rows = [spec.shifted(inputs, 0, i, counts[0]) for i in range(spec.kernel[0])]
-    columns = range(spec.kernel[1])
+    left = _columns(spec, inputs, counts[1])
     return tf.concat(
-        [spec.shifted(r, 1, j, counts[1]) for r in rows for j in columns], -1
+        [spec.shifted(left, 0, i, counts[0]) for i in range(spec.kernel[0])], -1
     )
 
 

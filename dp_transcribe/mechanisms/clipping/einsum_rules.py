@@ -32,7 +32,7 @@ def einsum_dense(
         kernel = einsum_gradient(labels, inputs, delta, shape)
         return [(layer.kernel, kernel), *bias(layer, delta)]
 
-    recording.tap(output, backward, [layer.kernel, layer.bias])
+    recording.tap([output], backward, [layer.kernel, layer.bias])
     return activated(layer, output)
 
 

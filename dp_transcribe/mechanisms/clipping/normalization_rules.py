@@ -1,4 +1,8 @@
-"""Rules for layers that normalise each example and then scale and shift it."""
+"""Rules for layers that normalise each example and then scale and shift it.
+
+Scale and offset are copied for each example, and the copies are tapped: their
+gradients are the per-example gradients.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,75 @@ import tensorflow as tf
 from dp_transcribe.mechanisms.clipping.per_example import Explicit, to_float32
 from dp_transcribe.mechanisms.clipping.recording import Recording
 from dp_transcribe.mechanisms.clipping.rules import Pairs
+
+
+def group_normalization(
+    layer: keras.layers.GroupNormalization,
+    recording: Recording,
+    inputs: tf.Tensor,
+    **_: Any,
+) -> tf.Tensor:
+    """GroupNormalization, with a backward pass that reuses its own sums."""
+    last = inputs.shape.rank - 1
+    order = [axis for axis in range(last + 1) if axis != layer.axis % (last + 1)]
+    order.append(layer.axis % (last + 1))
+    moved = tf.transpose(inputs, order) if order[-1] != last else inputs
+    channels = moved.shape[-1]
+    values = tf.reshape(to_float32(moved), [tf.shape(moved)[0], -1, channels])
+    shape = (channels,)
+    scale = _copies(layer.gamma, 1.0, values, shape)
+    offset = _copies(layer.beta, 0.0, values, shape)
+    _tap(recording, [(layer.gamma, scale), (layer.beta, offset)])
+    output = _normalized_in_groups(layer.groups, layer.epsilon, values, scale, offset)
+    output = tf.reshape(output, tf.shape(moved))
+    if order[-1] != last:
+        output = tf.transpose(output, [order.index(axis) for axis in range(last + 1)])
+    return tf.cast(tf.ensure_shape(output, inputs.shape), layer.compute_dtype)
+
+
+def _normalized_in_groups(
+    groups: int, epsilon: float, values: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor
+) -> tf.Tensor:
+    """Normalises groups of channels, then scales and shifts, in float32.
+
+    Written with its own gradient: the two sums that the gradients of scale and offset
+    are made of also give the gradient of the inputs.
+
+    Args:
+        groups: number of groups.
+        epsilon: added to the variance.
+        values: `[batch, positions, channels]`.
+        scale: `[batch, channels]`.
+        offset: `[batch, channels]`.
+    """
+    channels = values.shape[-1]
+    count = to_float32(tf.shape(values)[1] * (channels // groups))
+
+    def mean_in_groups(sums: tf.Tensor) -> tf.Tensor:
+        sums = tf.reshape(sums, [-1, groups, channels // groups])
+        mean = tf.reduce_sum(sums, axis=2, keepdims=True) / count
+        return tf.reshape(tf.broadcast_to(mean, tf.shape(sums)), [-1, channels])
+
+    @tf.custom_gradient
+    def normalized(values: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> Any:
+        mean = mean_in_groups(tf.reduce_sum(values, axis=1))
+        centred = values - mean[:, None]
+        variance = mean_in_groups(tf.reduce_sum(tf.square(centred), axis=1))
+        inverse = tf.math.rsqrt(variance + epsilon)
+
+        def gradient(delta: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            to_offset = tf.reduce_sum(delta, axis=1)
+            to_scale = tf.reduce_sum(delta * centred, axis=1) * inverse
+            along = mean_in_groups(scale * to_scale) * tf.square(inverse)
+            level = mean_in_groups(scale * to_offset) * inverse
+            to_values = delta * (scale * inverse)[:, None] - (
+                centred * along[:, None] + level[:, None]
+            )
+            return to_values, to_scale, to_offset
+
+        return centred * (scale * inverse)[:, None] + offset[:, None], gradient
+
+    return normalized(values, scale, offset)
 
 
 class Affine:
@@ -30,33 +103,32 @@ class Affine:
         inputs: tf.Tensor,
         **_: Any,
     ) -> tf.Tensor:
-        """Normalises, then scales and shifts with the result tapped."""
-        scale = getattr(layer, "scale" if is_rms(layer) else "gamma", None)
-        offset = None if is_rms(layer) else layer.beta
+        """Normalises, then scales and shifts by copies of the weights."""
+        if isinstance(layer, keras.layers.RMSNormalization):
+            scale, offset = layer.scale, None
+        else:
+            scale, offset = layer.gamma, layer.beta
         axes = layer.axis if isinstance(layer.axis, list | tuple) else [layer.axis]
-        axes = sorted(axis % inputs.shape.rank for axis in axes)
-        normalized = output = self._normalize(to_float32(inputs))
+        rank = inputs.shape.rank
+        axes = {axis % rank for axis in axes}
+        shape = tuple(inputs.shape[i] if i in axes else 1 for i in range(1, rank))
+        output = self._normalize(to_float32(inputs))
+        copies = []
         if scale is not None:
-            output = output * _along(scale, axes, inputs.shape)
+            copies.append((scale, _copies(scale, 1.0, inputs, shape)))
         if offset is not None:
-            output = output + _along(offset, axes, inputs.shape)
-
-        def backward(delta: tf.Tensor) -> Pairs:
-            pairs = [(scale, normalized * delta), (offset, delta)]
-            return [(v, _summed(t, axes, v)) for v, t in pairs if v is not None]
-
-        recording.tap(output, backward, [scale, offset])
+            copies.append((offset, _copies(offset, 0.0, inputs, shape)))
+        _tap(recording, copies)
+        for variable, copy in copies:
+            output = output * copy if variable is scale else output + copy
         return tf.cast(output, layer.compute_dtype)
-
-
-def group_normalization(layer: keras.layers.GroupNormalization) -> Affine:
-    """Makes the rule of GroupNormalization."""
-    return Affine(_without_weights(layer))
 
 
 def layer_normalization(layer: keras.layers.LayerNormalization) -> Affine:
     """Makes the rule of LayerNormalization."""
-    return Affine(_without_weights(layer))
+    config = layer.get_config()
+    config.update(scale=False, center=False, dtype="float32")
+    return Affine(keras.layers.LayerNormalization.from_config(config))
 
 
 def rms_normalization(layer: keras.layers.RMSNormalization) -> Affine:
@@ -68,30 +140,35 @@ def rms_normalization(layer: keras.layers.RMSNormalization) -> Affine:
     )
 
 
-def is_rms(layer: keras.layers.Layer) -> bool:
-    """Whether a layer is RMSNormalization, whose weight has a name of its own."""
-    return isinstance(layer, keras.layers.RMSNormalization)
-
-
-def _without_weights(layer: keras.layers.Layer) -> keras.layers.Layer:
-    """Returns a float32 copy of a normalisation layer, without scale and offset."""
-    config = layer.get_config()
-    config.update(scale=False, center=False, dtype="float32")
-    return type(layer).from_config(config)
-
-
-def _along(
-    variable: keras.Variable, axes: list[int], shape: tf.TensorShape
+def _copies(
+    variable: keras.Variable | None,
+    default: float,
+    inputs: tf.Tensor,
+    shape: tuple[int, ...],
 ) -> tf.Tensor:
-    """Reshapes a variable so that it broadcasts along `axes` of `shape`."""
-    sizes = [shape[i] if i in axes else 1 for i in range(shape.rank)]
-    return tf.reshape(to_float32(tf.convert_to_tensor(variable)), sizes)
+    """Copies a variable for each example, `[batch, *shape]` float32."""
+    value = tf.fill(shape, default)
+    if variable is not None:
+        value = tf.reshape(to_float32(tf.convert_to_tensor(variable)), shape)
+    return tf.broadcast_to(value, [tf.shape(inputs)[0], *shape])
 
 
-def _summed(values: tf.Tensor, axes: list[int], variable: keras.Variable) -> Explicit:
-    """Sums `[batch, ...]` over all axes but the batch and `axes`."""
-    others = [i for i in range(1, values.shape.rank) if i not in axes]
-    values = tf.reduce_sum(values, axis=others) if others else values
-    shape = tuple(variable.shape)
-    size = values.shape[1:].num_elements()
-    return Explicit(tf.reshape(values, [-1, size]), shape)
+def _tap(
+    recording: Recording,
+    copies: list[tuple[keras.Variable | None, tf.Tensor]],
+) -> None:
+    """Taps the copies of variables; those of None are constants."""
+    kept = [(variable, copy) for variable, copy in copies if variable is not None]
+
+    def backward(*deltas: tf.Tensor) -> Pairs:
+        return [
+            (variable, Explicit(_flat(delta), tuple(variable.shape)))
+            for (variable, _), delta in zip(kept, deltas, strict=True)
+        ]
+
+    recording.tap([c for _, c in kept], backward, [v for v, _ in kept])
+
+
+def _flat(tensor: tf.Tensor) -> tf.Tensor:
+    """Flattens `[batch, ...]` to `[batch, n]`."""
+    return tf.reshape(tensor, [-1, tensor.shape[1:].num_elements()])

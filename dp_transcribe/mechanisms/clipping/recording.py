@@ -16,8 +16,8 @@ import tensorflow as tf
 
 from dp_transcribe.mechanisms.clipping.per_example import PerExampleGradient
 
-# From the gradient at a pre-activation to (variable, its per-example gradients).
-Backward = Callable[[tf.Tensor], list[tuple[keras.Variable, PerExampleGradient]]]
+# From the gradients at what was tapped to (variable, its per-example gradients).
+Backward = Callable[..., list[tuple[keras.Variable, PerExampleGradient]]]
 Rule = Callable[..., Any]
 
 _active = threading.local()
@@ -33,7 +33,7 @@ class Recording:
     def __init__(self, variables: Iterable[keras.Variable]) -> None:
         self._wanted = {id(v) for v in variables}
         self._tape = tf.GradientTape(watch_accessed_variables=False)
-        self._taps: list[tuple[tf.Tensor, Backward]] = []
+        self._taps: list[tuple[list[tf.Tensor], Backward]] = []
 
     def wants(self, variable: keras.Variable | None) -> bool:
         """Whether the gradient of `variable` is wanted."""
@@ -41,27 +41,34 @@ class Recording:
 
     def tap(
         self,
-        output: tf.Tensor,
+        tensors: Sequence[tf.Tensor],
         backward: Backward,
         variables: Sequence[keras.Variable | None],
     ) -> None:
-        """Remembers a pre-activation and what turns its gradient into theirs."""
+        """Remembers tensors, and what turns their gradients into the variables'.
+
+        Args:
+            tensors: `[batch, ...]` each; usually one, a pre-activation.
+            backward: takes the gradients of the losses at `tensors`.
+            variables: those whose gradients `backward` gives.
+        """
         if any(self.wants(v) for v in variables):
-            self._tape.watch(output)
-            self._taps.append((output, backward))
+            self._tape.watch(tensors)
+            self._taps.append((list(tensors), backward))
 
     def gradients(
         self, losses: tf.Tensor
     ) -> list[tuple[keras.Variable, PerExampleGradient]]:
-        """Goes back from `losses` `[batch]` to the pre-activations, once."""
-        outputs = [output for output, _ in self._taps]
+        """Goes back from `losses` `[batch]` to what was tapped, once."""
         deltas = self._tape.gradient(
-            losses, outputs, unconnected_gradients=tf.UnconnectedGradients.ZERO
+            losses,
+            [tensors for tensors, _ in self._taps],
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
         return [
             (variable, gradient)
             for delta, (_, backward) in zip(deltas, self._taps, strict=True)
-            for variable, gradient in backward(delta)
+            for variable, gradient in backward(*delta)
             if self.wants(variable)
         ]
 

@@ -23,11 +23,11 @@ _RULES: dict[type, Rule] = {
     keras.layers.Embedding: rules.embedding,
     keras.layers.PReLU: rules.prelu,
     keras.layers.EinsumDense: einsum_rules.einsum_dense,
+    keras.layers.GroupNormalization: normalization_rules.group_normalization,
 }
 
 # Rules that hold something of their own for each layer.
 _RULE_FACTORIES: dict[type, Callable[..., Rule]] = {
-    keras.layers.GroupNormalization: normalization_rules.group_normalization,
     keras.layers.LayerNormalization: normalization_rules.layer_normalization,
     keras.layers.RMSNormalization: normalization_rules.rms_normalization,
     keras.layers.MultiHeadAttention: einsum_rules.Attention,

@@ -36,7 +36,7 @@ def dense(
         kernel = outer(positions(inputs), positions(delta), tuple(layer.kernel.shape))
         return [(layer.kernel, kernel), *bias(layer, delta)]
 
-    recording.tap(output, backward, [layer.kernel, layer.bias])
+    recording.tap([output], backward, [layer.kernel, layer.bias])
     return activated(layer, output)
 
 
@@ -61,7 +61,7 @@ def conv(
         kernel = convolution.gradient(spec, channels_last(layer, inputs), delta)
         return [(layer.kernel, kernel), *bias(layer, delta)]
 
-    recording.tap(output, backward, [layer.kernel, layer.bias])
+    recording.tap([output], backward, [layer.kernel, layer.bias])
     return activated(layer, output)
 
 
@@ -86,7 +86,7 @@ def conv_transpose(
         kernel = convolution.gradient(spec, delta, channels_last(layer, inputs))
         return [(layer.kernel, kernel), *bias(layer, delta)]
 
-    recording.tap(output, backward, [layer.kernel, layer.bias])
+    recording.tap([output], backward, [layer.kernel, layer.bias])
     return activated(layer, output)
 
 
@@ -102,7 +102,7 @@ def depthwise_conv(
             *bias(layer, channels_last(layer, delta)),
         ]
 
-    recording.tap(output, backward, [layer.kernel, layer.bias])
+    recording.tap([output], backward, [layer.kernel, layer.bias])
     return activated(layer, output)
 
 
@@ -112,7 +112,7 @@ def separable_conv(
     """SeparableConv1D and SeparableConv2D: a depthwise, then a pointwise part."""
     middle = _depthwise(layer, inputs, layer.depthwise_kernel)
     recording.tap(
-        middle,
+        [middle],
         lambda delta: [_depthwise_pair(layer, layer.depthwise_kernel, inputs, delta)],
         [layer.depthwise_kernel],
     )
@@ -127,7 +127,7 @@ def separable_conv(
         kernel = outer(positions(point), positions(delta), shape)
         return [(layer.pointwise_kernel, kernel), *bias(layer, delta)]
 
-    recording.tap(output, backward, [layer.pointwise_kernel, layer.bias])
+    recording.tap([output], backward, [layer.pointwise_kernel, layer.bias])
     return activated(layer, output)
 
 
@@ -145,7 +145,7 @@ def embedding(
         deltas = tf.reshape(to_float32(delta), [*tf.unstack(tf.shape(rows)), shape[1]])
         return [(layer.embeddings, Rows(rows, deltas, shape))]
 
-    recording.tap(output, backward, [layer.embeddings])
+    recording.tap([output], backward, [layer.embeddings])
     return output
 
 
@@ -157,7 +157,7 @@ def prelu(
     output = keras.ops.relu(inputs) - layer.alpha * negative
     shape = tuple(layer.alpha.shape)
     recording.tap(
-        output,
+        [output],
         lambda delta: [(layer.alpha, summed(-to_float32(negative * delta), shape))],
         [layer.alpha],
     )
