@@ -100,6 +100,7 @@ class Teacher:
 
     def predict(self, images: np.ndarray, *, batch_size: int = 512) -> np.ndarray:
         """`probabilities` of many images, as NumPy `[n, classes]`."""
+        images = np.asarray(images, np.float32)
         starts = range(0, len(images), batch_size)
         rows = [self._predict(images[i : i + batch_size]).numpy() for i in starts]
         return np.concatenate([np.zeros((0, self.num_classes), np.float32), *rows])

@@ -121,6 +121,7 @@ def test_newest_version_wins(tmp_path):
     assert data._prepared_folder("mnist", tmp_path).name == "3.0.10"
 
 
+@pytest.mark.slow
 def test_real_prepared_mnist_is_whole(data_dir, tmp_path):
     if data_dir is None:
         _prepare(tmp_path, count=60)

@@ -103,7 +103,7 @@ def test_teacher_joins_no_models_variables(model):
 
 def test_predict_batches_and_accuracy_agree(model, images):
     teacher = Teacher(model)
-    probabilities = teacher.predict(images, batch_size=7)
+    probabilities = teacher.predict(images.astype(np.float64), batch_size=7)
     np.testing.assert_allclose(probabilities, teacher.probabilities(images), atol=1e-6)
     labels = probabilities.argmax(-1)
     assert teacher.accuracy(images, labels) == 1.0
