@@ -58,7 +58,7 @@ class NoiseSource(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments; the key itself is a weight."""
-        return {**super().get_config(), "seed": self.seed}
+        return {"name": self.name, "seed": self.seed}
 
     def advance(self) -> tf.Tensor:
         """Takes the next number; call once per update, before it draws anything.

@@ -89,8 +89,9 @@ class RandomizedResponse(AnswerMechanism):
         """
         keep = released.candidates
         count = tf.reduce_sum(keep, -1, keepdims=True)
-        total = tf.math.log(tf.exp(self._epsilon) + count - 1.0)
-        inside = self._epsilon * released.answers - total
+        # e^ε₀ itself would overflow; relative to the truth nothing does.
+        truth = -tf.math.log1p((count - 1.0) * math.exp(-self._epsilon))
+        inside = self._epsilon * (released.answers - 1.0) + truth
         return tf.where(keep > 0, inside, -tf.math.log(count))
 
     @property
@@ -149,7 +150,7 @@ class SelectiveRandomizedResponse(RandomizedResponse):
             return top_candidates(prior, self.top_k)
         mass = tf.cumsum(tf.sort(prior, direction="DESCENDING"), axis=-1)
         k = tf.range(1, prior.shape[-1] + 1, dtype=tf.float32)
-        truth = mass * math.exp(self._epsilon) / (math.exp(self._epsilon) + k - 1.0)
+        truth = mass / (1.0 + (k - 1.0) * math.exp(-self._epsilon))
         best = tf.argmax(truth[:, self.min_k - 1 :], -1) + self.min_k
         return top_candidates(prior, best)
 
