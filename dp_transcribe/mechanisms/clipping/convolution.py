@@ -23,8 +23,8 @@ from dp_transcribe.mechanisms.clipping.per_example import (
     to_float32,
 )
 
-# Floats that one part of the batch may expand to: 8 MB, to stay in cache.
-PART = 2**21
+# Floats that one part of the batch may expand to, 32 MB: about a processor's cache.
+PART = 2**23
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,31 +151,38 @@ def _direct(spec: Spec, inputs: tf.Tensor, deltas: tf.Tensor) -> Explicit:
     left = 2 * columns * channels
     both, alone = left + 2 * rows * outputs, left + rows * columns * channels
     split = spec.strides[0] == 1 and both < alone
+    swap = columns * channels > (rows * outputs if split else outputs)
     values = _in_parts(
-        lambda x, d: (_product_of_both if split else _product)(spec, x, d),
+        lambda x, d: (_product_of_both if split else _product)(spec, x, d, swap),
         inputs,
         deltas,
         floats=inputs.shape[1] * counts[1] * min(both, alone),
         size=rows * columns * channels * outputs,
     )
     folds = (stride, stride, channels // stride**2)
-    if split:
+    if swap:
+        layout, order = (rows, outputs, columns, *folds), (0, 3, 2, 4, 5, 1)
+    elif split:
         layout, order = (columns, *folds, rows, outputs), (4, 1, 0, 2, 3, 5)
     else:
         layout, order = (rows, columns, *folds, outputs), (0, 2, 1, 3, 4, 5)
     return Explicit(values, spec.shape, layout, order)
 
 
-def _product_of_both(spec: Spec, inputs: tf.Tensor, deltas: tf.Tensor) -> tf.Tensor:
+def _product_of_both(
+    spec: Spec, inputs: tf.Tensor, deltas: tf.Tensor, swap: bool
+) -> tf.Tensor:
     """Expands columns on the inputs and rows on the deltas, for a stride of one.
 
     Args:
         spec: the convolution.
         inputs: `[batch, rows, columns, channels]`, padded.
         deltas: `[batch, out rows, out columns, out channels]`.
+        swap: multiply deltas by inputs, which is faster when they are the narrower.
 
     Returns:
-        `[batch, ...]` ordered as columns, channels, rows, out channels of the kernel.
+        `[batch, ...]` ordered as columns, channels, rows, out channels of the kernel;
+        as rows, out channels, columns, channels when swapped.
     """
     height, (count, width) = inputs.shape[1], deltas.shape[1:3]
     left = _columns(spec, inputs, width)
@@ -184,25 +191,27 @@ def _product_of_both(spec: Spec, inputs: tf.Tensor, deltas: tf.Tensor) -> tf.Ten
         tf.pad(deltas, [[0, 0], [start, height - count - start], [0, 0], [0, 0]])
         for start in starts
     ]
-    product = _matmul(left, tf.concat(right, -1))
+    product = _matmul(left, tf.concat(right, -1), swap)
     return tf.reshape(product, [-1, product.shape[1] * product.shape[2]])
 
 
-def _product(spec: Spec, inputs: tf.Tensor, deltas: tf.Tensor) -> tf.Tensor:
+def _product(spec: Spec, inputs: tf.Tensor, deltas: tf.Tensor, swap: bool) -> tf.Tensor:
     """Expands columns on the inputs and takes the rows one after the other.
 
     Args:
         spec: the convolution.
         inputs: `[batch, rows, columns, channels]`, padded.
         deltas: `[batch, out rows, out columns, out channels]`.
+        swap: multiply deltas by inputs, which is faster when they are the narrower.
 
     Returns:
-        `[batch, ...]` ordered as rows, columns, channels, out channels of the kernel.
+        `[batch, ...]` ordered as rows, columns, channels, out channels of the kernel;
+        as rows, out channels, columns, channels when swapped.
     """
     count, width = deltas.shape[1:3]
     left = _columns(spec, inputs, width)
     rows = [spec.shifted(left, 0, i, count) for i in range(spec.kernel[0])]
-    product = tf.stack([_matmul(row, deltas) for row in rows], axis=1)
+    product = tf.stack([_matmul(row, deltas, swap) for row in rows], axis=1)
     return tf.reshape(product, [-1, product.shape[1:].num_elements()])
 
 
@@ -213,8 +222,10 @@ def _columns(spec: Spec, inputs: tf.Tensor, width: int) -> tf.Tensor:
     )
 
 
-def _matmul(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
+def _matmul(left: tf.Tensor, right: tf.Tensor, swap: bool) -> tf.Tensor:
     """Sums the outer products of channels over positions: `[batch, left, right]`."""
+    if swap:
+        left, right = right, left
     positions = left.shape[1] * left.shape[2]
     left = tf.reshape(left, [-1, positions, left.shape[-1]])
     right = tf.reshape(right, [-1, positions, right.shape[-1]])

@@ -51,7 +51,7 @@ class Explicit:
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
         """Returns the sum over the batch, in the variable's shape."""
-        total = tf.linalg.matvec(self.values, weights, transpose_a=True)
+        total = tf.tensordot(weights, self.values, 1)
         if self.layout:
             total = tf.transpose(tf.reshape(total, self.layout), self.order)
         return tf.reshape(total, self.shape)
