@@ -18,6 +18,7 @@ from dp_transcribe.mechanisms import (
     RandomizedResponse,
     SelectiveRandomizedResponse,
 )
+from dp_transcribe.methods import METHODS, dpdfd, dpsd, srr
 from dp_transcribe.privacy import PrivacyStatement, Unit
 from dp_transcribe.queries import FreshQueries, QueryPool
 from dp_transcribe.students import replace_batch_norm
@@ -30,6 +31,7 @@ __all__ = [
     "DPTranscriber",
     "FreshQueries",
     "GeneratorObjective",
+    "METHODS",
     "NoisyAnswer",
     "NormalizedGradient",
     "NormalizedOutputGradient",
@@ -40,8 +42,11 @@ __all__ = [
     "Teacher",
     "Unit",
     "__version__",
+    "dpdfd",
+    "dpsd",
     "export_generator",
     "export_student",
     "load_teacher",
     "replace_batch_norm",
+    "srr",
 ]

@@ -131,6 +131,7 @@ class DPTranscriber(keras.Model):
         self.noise = NoiseSource(self.seed)
         self.ledger = Ledger()
         self.delta: float | None = None
+        self.schedule = (1, 100)
         self._learner: GradientLearner | AnswerLearner | None = None
         self._pool_number = 0
         self._pool_updates = 0
@@ -299,8 +300,8 @@ class DPTranscriber(keras.Model):
     def fit(  # type: ignore[override]
         self,
         *,
-        epochs: int = 1,
-        steps_per_epoch: int = 100,
+        epochs: int | None = None,
+        steps_per_epoch: int | None = None,
         target_epsilon: float | None = None,
         delta: float = 1e-5,
         validation_data: Any = None,
@@ -312,8 +313,8 @@ class DPTranscriber(keras.Model):
         """Transcribes: trains student and generator for a number of steps.
 
         Args:
-            epochs: number of epochs, as in Keras.
-            steps_per_epoch: `train_step`s per epoch.
+            epochs: number of epochs, as in Keras; by default that of `schedule`.
+            steps_per_epoch: `train_step`s per epoch; by default that of `schedule`.
             target_epsilon: never passed, per answer of the teacher (unit
                 `RESPONSE`). Fixes the noise of a mechanism that has none yet.
             delta: of the target and of the epsilon that is shown.
@@ -331,6 +332,9 @@ class DPTranscriber(keras.Model):
             BudgetExceededError: not even one step fits the target. Nothing was spent.
             ValueError: an argument is out of range. Nothing was spent.
         """
+        default_epochs, default_steps = self.schedule
+        epochs = default_epochs if epochs is None else epochs
+        steps_per_epoch = default_steps if steps_per_epoch is None else steps_per_epoch
         _validate.positive_int("epochs", epochs)
         _validate.positive_int("steps_per_epoch", steps_per_epoch)
         self.delta = _validate.fraction_open("delta", delta)

@@ -1,0 +1,249 @@
+"""The published methods, one call each, with defaults that work.
+
+Each returns a compiled `DPTranscriber`; call its `fit` with a target epsilon.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from dp_transcribe import _validate
+from dp_transcribe.generators.base import ProceduralGenerator
+from dp_transcribe.generators.conv_generator import ConvGenerator
+from dp_transcribe.generators.guidance import pretrain_by_teacher
+from dp_transcribe.generators.pretraining import pretrain
+from dp_transcribe.generators.trainable import TrainableGenerator
+from dp_transcribe.losses.objective import GeneratorObjective
+from dp_transcribe.mechanisms.base import Mechanism
+from dp_transcribe.mechanisms.noisy_answer import NoisyAnswer
+from dp_transcribe.mechanisms.randomized_response import SelectiveRandomizedResponse
+from dp_transcribe.mechanisms.weight_gradient import NormalizedGradient
+from dp_transcribe.queries import FreshQueries, Queries, QueryPool
+from dp_transcribe.students import lenet_student
+from dp_transcribe.teachers import Teacher
+from dp_transcribe.transcriber import DPTranscriber
+
+METHODS = ("dpdfd", "srr", "dpsd_data", "dpsd_label")
+
+# Of a method's own, so that the answers of a run never depend on a shared stream.
+_PRETRAINING_STEPS = 300
+
+
+def dpdfd(
+    teacher: Teacher | Any,
+    prior: ProceduralGenerator,
+    *,
+    student: keras.Model | None = None,
+    generator: TrainableGenerator | None = None,
+    epochs: int = 10,
+    steps_per_epoch: int = 60,
+    seed: int | None = None,
+) -> DPTranscriber:
+    """DPDFD: normalised, noised weight gradients; the student guides the generator.
+
+    Args:
+        teacher: a `Teacher`, or what `Teacher` takes.
+        prior: public source of most queries; a new generator is pretrained on it.
+        student: logits `[batch, classes]`; a LeNet with tanh by default.
+        generator: a trainable generator; by default a pretrained `ConvGenerator`.
+        epochs: of the default schedule.
+        steps_per_epoch: of the default schedule.
+        seed: None for secret noise.
+
+    Returns:
+        A compiled transcriber; `fit(target_epsilon=...)` does the rest.
+
+    **Privacy**: unit `RESPONSE`. Student and generator are covered.
+
+    References:
+        arXiv:2304.12528. Pools of queries, the public prior and the averaged
+        iterates are this library's.
+    """
+    updates = 5
+    pool = QueryPool(size=100_000, batch_size=1024, updates=300)
+    rate = keras.optimizers.schedules.CosineDecay(
+        1.0, epochs * steps_per_epoch * updates, alpha=0.05
+    )
+    return _transcriber(
+        teacher,
+        prior,
+        student,
+        generator or _pretrained(teacher, prior, seed),
+        NormalizedGradient(),
+        pool,
+        keras.optimizers.SGD(rate, momentum=0.9, use_ema=True, ema_momentum=0.98),
+        schedule=(epochs, steps_per_epoch),
+        student_updates=updates,
+        seed=seed,
+    )
+
+
+def srr(
+    teacher: Teacher | Any,
+    prior: ProceduralGenerator,
+    *,
+    student: keras.Model | None = None,
+    generator: TrainableGenerator | None = None,
+    epochs: int = 10,
+    steps_per_epoch: int = 50,
+    seed: int | None = None,
+) -> DPTranscriber:
+    """Selective randomised response with a teacher-guided, then frozen generator.
+
+    Args:
+        teacher: a `Teacher`, or what `Teacher` takes.
+        prior: public source of most queries; a new generator is pretrained on it.
+        student: logits `[batch, classes]`; a LeNet with tanh by default.
+        generator: a trainable generator; it is guided by the teacher here.
+        epochs: of the default schedule.
+        steps_per_epoch: of the default schedule.
+        seed: None for secret noise.
+
+    Returns:
+        A compiled transcriber; `fit(target_epsilon=...)` does the rest.
+
+    **Privacy**: unit `RESPONSE`, pure epsilon. The student is covered. The generator
+    was trained with the teacher's gradients: it is **not** covered, the statement
+    says so and `export_generator` refuses it.
+
+    References:
+        arXiv:2409.12384; randomised response of arXiv:2102.06062.
+    """
+    generator = generator or _pretrained(teacher, prior, seed)
+    pretrain_by_teacher(generator, teacher, steps=_PRETRAINING_STEPS, seed=seed or 0)
+    return _by_answers(
+        teacher,
+        prior,
+        student,
+        generator,
+        SelectiveRandomizedResponse(),
+        schedule=(epochs, steps_per_epoch),
+        generator_updates=0,
+        generator_covered=False,
+        seed=seed,
+    )
+
+
+def dpsd(
+    teacher: Teacher | Any,
+    prior: ProceduralGenerator,
+    *,
+    protect: str = "data",
+    student: keras.Model | None = None,
+    generator: TrainableGenerator | None = None,
+    epochs: int = 10,
+    steps_per_epoch: int = 50,
+    seed: int | None = None,
+) -> DPTranscriber:
+    """DPSD: noisy answers or labels; the student guides the generator.
+
+    Args:
+        teacher: a `Teacher`, or what `Teacher` takes.
+        prior: public source of most queries; a new generator is pretrained on it.
+        protect: "data" adds Gaussian noise to the answer, "label" is randomised
+            response among the student's likeliest classes.
+        student: logits `[batch, classes]`; a LeNet with tanh by default.
+        generator: a trainable generator; by default a pretrained `ConvGenerator`.
+        epochs: of the default schedule.
+        steps_per_epoch: of the default schedule.
+        seed: None for secret noise.
+
+    Returns:
+        A compiled transcriber; `fit(target_epsilon=...)` does the rest.
+
+    **Privacy**: unit `RESPONSE`, with "label" pure epsilon. Student and generator are
+    covered.
+
+    References:
+        arXiv:2601.19090.
+    """
+    mechanisms: dict[str, Mechanism] = {
+        "data": NoisyAnswer(),
+        "label": SelectiveRandomizedResponse(),
+    }
+    return _by_answers(
+        teacher,
+        prior,
+        student,
+        generator or _pretrained(teacher, prior, seed),
+        mechanisms[_validate.one_of("protect", protect, mechanisms)],
+        schedule=(epochs, steps_per_epoch),
+        seed=seed,
+    )
+
+
+def _by_answers(
+    teacher: Any,
+    prior: ProceduralGenerator,
+    student: keras.Model | None,
+    generator: TrainableGenerator,
+    mechanism: Mechanism,
+    *,
+    schedule: tuple[int, int],
+    **kwargs: Any,
+) -> DPTranscriber:
+    """What the methods share that noise every answer by itself."""
+    epochs, steps_per_epoch = schedule
+    updates = 4
+    queries = FreshQueries(batch_size=2048)
+    steps = epochs * steps_per_epoch
+    rate = keras.optimizers.schedules.CosineDecay(1e-3, steps * updates, alpha=0.02)
+    return _transcriber(
+        teacher,
+        prior,
+        student,
+        generator,
+        mechanism,
+        queries,
+        keras.optimizers.Adam(rate, use_ema=True, ema_momentum=0.99),
+        schedule=schedule,
+        student_updates=updates,
+        replay_size=steps * queries.batch_size,
+        replay_batch_size=2048,
+        **kwargs,
+    )
+
+
+def _transcriber(
+    teacher: Any,
+    prior: ProceduralGenerator,
+    student: keras.Model | None,
+    generator: TrainableGenerator,
+    mechanism: Mechanism,
+    queries: Queries,
+    optimizer: keras.optimizers.Optimizer,
+    *,
+    schedule: tuple[int, int],
+    **kwargs: Any,
+) -> DPTranscriber:
+    teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+    if student is None:
+        student = lenet_student(teacher.input_shape, teacher.num_classes)
+    transcriber = DPTranscriber(
+        teacher,
+        student,
+        generator,
+        mechanism=mechanism,
+        queries=queries,
+        public_prior=prior,
+        objective=GeneratorObjective(one_hot=1.0, information_entropy=5.0),
+        **kwargs,
+    )
+    transcriber.schedule = schedule
+    transcriber.compile(
+        student_optimizer=optimizer,
+        generator_optimizer=keras.optimizers.Adam(2e-4),
+        metrics=["accuracy"],
+    )
+    return transcriber
+
+
+def _pretrained(
+    teacher: Any, prior: ProceduralGenerator, seed: int | None
+) -> TrainableGenerator:
+    """A generator whose images look like the prior's; public."""
+    generator = ConvGenerator(prior.image_shape, output_range=prior.output_range)
+    pretrain(generator, prior, steps=_PRETRAINING_STEPS, seed=seed or 0)
+    return generator
