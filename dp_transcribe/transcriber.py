@@ -22,6 +22,9 @@ from dp_transcribe.learning import (
 )
 from dp_transcribe.losses.objective import GeneratorObjective
 from dp_transcribe.mechanisms.base import AnswerMechanism, GradientMechanism, Mechanism
+from dp_transcribe.mechanisms.clipping.validate import (
+    check_student as check_clippable,
+)
 from dp_transcribe.mechanisms.noise import QUERIES, NoiseSource
 from dp_transcribe.mechanisms.noisy_answer import NoisyAnswer
 from dp_transcribe.mechanisms.output_gradient import NormalizedOutputGradient
@@ -37,6 +40,8 @@ from dp_transcribe.students import check_student
 from dp_transcribe.teachers import Teacher
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_DELTA = 1e-5
 
 
 class BudgetExceededError(ValueError):
@@ -107,12 +112,12 @@ class DPTranscriber(keras.Model):
         self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
         self.student = student
         self.generator = generator
-        self.mechanism = _validate.instance_of("mechanism", mechanism, Mechanism)
-        self.queries = queries if queries is not None else FreshQueries()
+        self._mechanism = _validate.instance_of("mechanism", mechanism, Mechanism)
+        self._queries = queries if queries is not None else FreshQueries()
         self.public_prior = public_prior
         self.public_share = _validate.probability("public_share", public_share)
         self.objective = objective if objective is not None else GeneratorObjective()
-        self.student_updates = _validate.positive_int(
+        self._student_updates = _validate.positive_int(
             "student_updates", student_updates
         )
         self.generator_updates = _validate.non_negative_int(
@@ -135,7 +140,8 @@ class DPTranscriber(keras.Model):
         self._learner: GradientLearner | AnswerLearner | None = None
         self._pool_number = 0
         self._pool_updates = 0
-        self._budget = 0
+        self._target_epsilon: float | None = None
+        self._budget: int | None = None
         self._horizon = 0
         self._shown_until = 0
         self._epsilon_shown = 0.0
@@ -146,6 +152,23 @@ class DPTranscriber(keras.Model):
         self.built = True
 
     # What it is made of.
+
+    # Fixed, all three: a traced step has the old noise built in, and the ledger would
+    # be told of the new.
+    @property
+    def mechanism(self) -> Mechanism:
+        """What is released of the teacher's answers."""
+        return self._mechanism
+
+    @property
+    def queries(self) -> Queries:
+        """How queries are drawn."""
+        return self._queries
+
+    @property
+    def student_updates(self) -> int:
+        """Updates of the student in one `train_step`."""
+        return self._student_updates
 
     @property
     def trains_generator(self) -> bool:
@@ -172,7 +195,11 @@ class DPTranscriber(keras.Model):
 
     def _check_parts(self) -> None:
         check_student(self.student, self.teacher)
+        check_clippable(self.student)
+        _check_dtype(self.dtype_policy)
         self.mechanism.check(self.teacher.num_classes)
+        if self.trains_generator:
+            _check_objective(self.objective)
         for name in ("generator", "public_prior"):
             _check_source(name, getattr(self, name), self.teacher)
         _check_queries(self.queries, self.mechanism, self._num_replicas)
@@ -303,7 +330,7 @@ class DPTranscriber(keras.Model):
         epochs: int | None = None,
         steps_per_epoch: int | None = None,
         target_epsilon: float | None = None,
-        delta: float = 1e-5,
+        delta: float = DEFAULT_DELTA,
         validation_data: Any = None,
         callbacks: Any = None,
         verbose: Any = "auto",
@@ -341,8 +368,10 @@ class DPTranscriber(keras.Model):
         if not self.compiled:
             raise ValueError("Call `compile` before `fit`.")
         self._calibrate(target_epsilon)
-        self._budget = self._updates_within(target_epsilon)
-        self._horizon = steps_per_epoch * self._releases_per_step
+        self._target_epsilon = target_epsilon
+        self._budget = self._releases_within(target_epsilon)
+        executions = -(-steps_per_epoch // self.steps_per_execution)
+        self._horizon = executions * self._releases_at_once
         self._shown_until = 0
         self._prepare()
         return super().fit(
@@ -353,7 +382,7 @@ class DPTranscriber(keras.Model):
             callbacks=callbacks,
             verbose=verbose,
             initial_epoch=initial_epoch,
-            **kwargs,
+            **{"shuffle": False, **kwargs},
         )
 
     def _calibrate(self, target_epsilon: float | None) -> None:
@@ -366,21 +395,24 @@ class DPTranscriber(keras.Model):
                 f"{self.mechanism.name} has no noise yet. Pass `target_epsilon` to "
                 "`fit`, or give the mechanism its noise."
             )
-        self.mechanism = self.mechanism.calibrated(
+        self._mechanism = self.mechanism.calibrated(
             target_epsilon, self.delta, self.queries.schedule
         )
         logger.info("Calibrated to epsilon %s: %s", target_epsilon, self.mechanism)
 
     def _prepare(self) -> None:
         """Builds everything that Keras would build from a batch of data."""
-        if self._learner is None:
-            with self.distribute_strategy.scope():
-                self._learner = make_learner(self)
+        self._make_learner()
         logits = tf.zeros([1, self.teacher.num_classes])
         labels = tf.zeros([1], tf.int32)
         self.compute_loss(y=labels, y_pred=logits)
         self.compute_metrics(None, labels, logits)
         self.reset_metrics()
+
+    def _make_learner(self) -> None:
+        if self._learner is None:
+            with self.distribute_strategy.scope():
+                self._learner = make_learner(self)
 
     def _steps(self) -> tf.data.Dataset:
         """An endless run of step numbers, one row per replica."""
@@ -406,7 +438,12 @@ class DPTranscriber(keras.Model):
         by_answer = isinstance(self.mechanism, AnswerMechanism)
         return 1 if by_answer else self.student_updates
 
-    def _updates_within(self, target_epsilon: float | None) -> int:
+    @property
+    def _releases_at_once(self) -> int:
+        """Releases between two looks at the budget."""
+        return self.steps_per_execution * self._releases_per_step
+
+    def _releases_within(self, target_epsilon: float | None) -> int:
         """Releases that an answer may enter; refuses if that is not even one step.
 
         Args:
@@ -415,58 +452,79 @@ class DPTranscriber(keras.Model):
         Returns:
             The number, for an answer that entered none before.
         """
-        limit = getattr(self.queries, "updates", 1)
+        limit = needed = 1
+        if isinstance(self.queries, QueryPool):
+            limit, needed = self.queries.updates, self._releases_at_once
+        if needed > limit:
+            expected = f"at least student_updates * steps_per_execution = {needed}"
+            raise _validate.invalid("updates", limit, expected)
         if target_epsilon is None:
             return limit
-        unit, delta = self.mechanism.unit, self.delta
+        unit, delta = self.mechanism.unit, self._delta
         spent = self.ledger.epsilon(unit=unit, delta=delta)
         spend = self.queries.spend(self.mechanism, self._pool_number + 1)
         allowed = self.ledger.max_count(
             spend, unit=unit, delta=delta, target_epsilon=target_epsilon, limit=limit
         )
-        if spent > target_epsilon or allowed < min(limit, self._releases_per_step):
-            cost = self.ledger.epsilon_after(spend, 1, unit=unit, delta=delta)
+        if spent > target_epsilon or allowed < needed:
+            cost = self.ledger.epsilon_after(spend, needed, unit=unit, delta=delta)
             raise BudgetExceededError(
                 f"The next step would pass target_epsilon={target_epsilon} per "
-                f"{unit.value} at delta={delta}: {spent:.4g} is spent, and one release "
-                f"of {self.mechanism} brings it to {cost:.4g}. Nothing was spent. Use "
-                "more noise, or leave the noise out to have it computed."
+                f"{unit.value} at delta={delta}: {spent:.4g} is spent, and {needed} "
+                f"release(s) of {self.mechanism} bring it to {cost:.4g}. Nothing was "
+                "spent. Use more noise, or leave the noise out to have it computed."
             )
         return allowed
 
     def _account(self, steps: int) -> None:
         """Records what the next steps spend; renews the pool when it is used up."""
+        self._make_learner()
+        if self._budget is None:
+            self._budget = self._releases_within(self._target_epsilon)
         releases = steps * self._releases_per_step
         if isinstance(self.queries, QueryPool):
-            self._turn_pool(releases)
-        self.ledger.record(self._spend(), releases)
-        if self._horizon and self._shown_until <= 0:
-            self._epsilon_shown = self._epsilon_ahead(releases)
-            self._shown_until = self._horizon
+            self._turn_pool(releases, self._budget)
+        self.ledger.record(self._spend(self._pool_number), releases)
+        if self._shown_until <= 0:
+            self._shown_until = max(self._horizon, releases)
+            self._epsilon_shown = self._epsilon_ahead(releases, self._budget)
         self._shown_until -= releases
 
-    def _turn_pool(self, releases: int) -> None:
+    def _turn_pool(self, releases: int, budget: int) -> None:
         """Counts updates of the pool, renews it, stops where the budget ends."""
-        used_up = self._pool_updates + releases > self.queries.updates
+        used_up = self._pool_updates + releases > budget
         if self._learner.pool_is_empty or used_up:
             self._pool_number += 1
             self._pool_updates = 0
             self._learner.renew_pool()
         self._pool_updates += releases
-        if self._budget < self.queries.updates:
-            self.stop_training = self._pool_updates + releases > self._budget
+        ends = self._pool_updates + releases > budget
+        if ends and budget < self.queries.updates:
+            self.stop_training = True
 
-    def _spend(self) -> Spend:
-        return self.queries.spend(self.mechanism, self._pool_number)
+    def _spend(self, pool: int) -> Spend:
+        return self.queries.spend(self.mechanism, pool)
 
-    def _epsilon_ahead(self, releases: int) -> float:
+    def _epsilon_ahead(self, releases: int, budget: int) -> float:
         """Epsilon at the end of the epoch that these releases begin."""
-        ahead = self._horizon - releases
+        ahead, pool = self._shown_until - releases, self._pool_number
+        counts = {pool: ahead}
         if isinstance(self.queries, QueryPool):
-            ahead = min(ahead, self.queries.updates - self._pool_updates)
-        return self.ledger.epsilon_after(
-            self._spend(), max(ahead, 0), unit=self.mechanism.unit, delta=self.delta
+            here = (budget - self._pool_updates) // releases * releases
+            whole = budget // releases * releases
+            counts = {pool: min(ahead, here)}
+            if budget == self.queries.updates:
+                counts[pool + 1] = min(max(ahead - here, 0), whole)
+        return max(
+            self.ledger.epsilon_after(
+                self._spend(pool), count, unit=self.mechanism.unit, delta=self._delta
+            )
+            for pool, count in counts.items()
         )
+
+    @property
+    def _delta(self) -> float:
+        return self.delta or DEFAULT_DELTA
 
     def privacy_statement(
         self, *, delta: float | None = None, accountant: str = "rdp"
@@ -486,7 +544,7 @@ class DPTranscriber(keras.Model):
             self.ledger,
             unit=self.mechanism.unit,
             relation=self.mechanism.relation,
-            delta=delta or self.delta or 1e-5,
+            delta=delta or self._delta,
             accountant=accountant,
             mechanism=self.mechanism.name,
             covered=covered,
@@ -535,6 +593,7 @@ class DPTranscriber(keras.Model):
             "pool_number": self._pool_number,
             "delta": self.delta,
             "mechanism": self.mechanism.get_config(),
+            "seed": self.seed,
         }
         store["state"] = _as_bytes(json.dumps(state))
         for index, weight in enumerate(self.teacher.get_weights()):
@@ -549,16 +608,24 @@ class DPTranscriber(keras.Model):
         super().load_own_variables({str(i): store[str(i)] for i in range(own)})
         self.ledger = Ledger.from_json(_as_text(store["ledger"]))
         state = json.loads(_as_text(store["state"]))
-        self.mechanism = type(self.mechanism)(**state["mechanism"])
-        self.delta = state["delta"]
+        self._mechanism = type(self.mechanism)(**state["mechanism"])
+        self.delta, self.seed = state["delta"], state["seed"]
         self._pool_number = state["pool_number"]
+        self._forget_run()
         weights = _numbered(store, "teacher")
         if weights:
             self.teacher.set_weights(weights)
         replay = _numbered(store, "replay")
         if replay:
-            self._prepare()
+            self._make_learner()
             self._learner.set_replay(replay)
+
+    def _forget_run(self) -> None:
+        """Drops pool, budget and traced step: they belong to what was before."""
+        self._learner, self._budget = None, None
+        self._pool_updates = self._shown_until = 0
+        if self.train_function is not None:
+            self.make_train_function(force=True)
 
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Saves everything to a `.keras` file that is never seen half written.
@@ -628,6 +695,26 @@ def _check_source(name: str, source: Any, teacher: Teacher) -> None:
         if tuple(getattr(source, own, ())) != wanted:
             expected = f"a generator with {own}={wanted}, the teacher's {of_teacher}"
             raise _validate.invalid(name, source, expected)
+
+
+def _check_dtype(policy: Any) -> None:
+    """Refuses float16, whose loss scaling would be undone by clipping."""
+    if policy.compute_dtype == "float16":
+        mend = "Use `keras.config.set_dtype_policy` with 'float32' or 'mixed_bfloat16'."
+        raise _validate.invalid("dtype", policy.name, "no float16 policy", mend)
+
+
+def _check_objective(objective: GeneratorObjective) -> None:
+    """Refuses terms that need more than the student's logits."""
+    for name in (
+        "activation",
+        "adversarial",
+        "student_disagreement",
+        "batch_norm_statistics",
+    ):
+        if getattr(objective, name) != 0:
+            expected = f"an objective of the student's logits alone, with {name}=0"
+            raise _validate.invalid("objective", objective, expected)
 
 
 def _check_queries(queries: Queries, mechanism: Mechanism, replicas: int) -> None:
