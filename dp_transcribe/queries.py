@@ -159,6 +159,17 @@ def local_variable(shape: tuple[int, ...], dtype: Any) -> tf.Variable:
     )
 
 
+def local_part(variable: tf.Variable) -> tf.Variable:
+    """This replica's own copy of a `local_variable`.
+
+    As a whole such a variable takes no scatter updates; each copy does.
+    """
+    copies = tf.distribute.get_strategy().experimental_local_results(variable)
+    context = tf.distribute.get_replica_context()
+    index = int(tf.get_static_value(context.replica_id_in_sync_group))
+    return copies[index % len(copies)]
+
+
 class PoolStore:
     """One replica's part of the current pool: queries and the teacher's answers.
 
@@ -188,7 +199,7 @@ class PoolStore:
                 teacher's answers to them.
         """
         start, chunk = tf.constant(0), tf.constant(0)
-        codes, answers = self.codes, self.answers
+        codes, answers = local_part(self.codes), local_part(self.answers)
         while start < self.size:
             count = tf.minimum(CHUNK, self.size - start)
             new_codes, new_answers = make(count, chunk)
@@ -219,8 +230,8 @@ class PoolStore:
         taken = tf.where(draws < probability)[:, 0]
         rows = tf.concat([taken, tf.zeros([1], taken.dtype)], 0)
         mask = tf.concat([tf.ones_like(taken, tf.float32), tf.zeros([1])], 0)
-        queries = dequantize(tf.gather(self.codes, rows), output_range)
-        return Batch(queries, tf.gather(self.answers, rows), mask)
+        queries = dequantize(tf.gather(local_part(self.codes), rows), output_range)
+        return Batch(queries, tf.gather(local_part(self.answers), rows), mask)
 
 
 class Replay:
@@ -245,17 +256,18 @@ class Replay:
 
     def add(self, codes: tf.Tensor, released: tf.Tensor) -> None:
         """Appends `[n, ...]` codes and `[n, 2, classes]` released answers."""
-        count = tf.shape(codes, tf.int64)[0]
-        rows = (self.written + tf.range(count)) % self.size
-        self.codes.scatter_update(tf.IndexedSlices(codes, rows))
-        self.released.scatter_update(tf.IndexedSlices(released, rows))
-        self.written.assign_add(count)
+        count, written = tf.shape(codes, tf.int64)[0], local_part(self.written)
+        rows = (written + tf.range(count)) % self.size
+        local_part(self.codes).scatter_update(tf.IndexedSlices(codes, rows))
+        local_part(self.released).scatter_update(tf.IndexedSlices(released, rows))
+        written.assign_add(count)
 
     def sample(self, count: int, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Draws with replacement: codes `[count, ...]`, answers `[count, 2, classes]`."""
-        filled = tf.minimum(tf.convert_to_tensor(self.written), self.size)
+        filled = tf.minimum(local_part(self.written).value(), self.size)
         rows = tf.random.stateless_uniform([count], seed, 0, filled, tf.int64)
-        return tf.gather(self.codes, rows), tf.gather(self.released, rows)
+        codes, released = local_part(self.codes), local_part(self.released)
+        return tf.gather(codes, rows), tf.gather(released, rows)
 
     def variables(self) -> list[tf.Variable]:
         """What a checkpoint keeps; all of it was released."""
