@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import keras
 import tensorflow as tf
 
-from dp_transcribe.mechanisms.clipping.recording import Recorder
+from dp_transcribe.mechanisms.clipping.recording import AttentionRecorder, Recorder
 from dp_transcribe.mechanisms.clipping.registry import has_rule, rule_of
 
 _copies: weakref.WeakKeyDictionary[keras.Model, keras.Model] = (
@@ -46,7 +46,10 @@ def wrap(layer: keras.layers.Layer) -> keras.layers.Layer:
     if not isinstance(layer, keras.layers.Layer) or not layer.weights:
         return layer
     rule = rule_of(layer)
-    return layer if rule is None else Recorder(layer, rule)
+    if rule is None:
+        return layer
+    attends = isinstance(layer, keras.layers.MultiHeadAttention)
+    return AttentionRecorder(layer, rule) if attends else Recorder(layer, rule)
 
 
 def leaves(model: keras.Model) -> Iterator[keras.layers.Layer]:

@@ -103,17 +103,42 @@ class Recorder(keras.layers.Layer):
         self.supports_masking = layer.supports_masking
         self.built = True
 
-    def call(
-        self, inputs: Any, *args: Any, training: bool | None = None, **kwargs: Any
-    ) -> Any:
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Calls the layer."""
+        return self.recorded(inputs, training=training)
+
+    def recorded(self, *args: Any, training: bool | None, **kwargs: Any) -> Any:
+        """Calls the layer, by its rule when a recording is under way."""
         recording = getattr(_active, "recording", None)
         if recording is None:
-            return self.layer(inputs, *args, **kwargs)
-        return self.rule(
-            self.layer, recording, inputs, *args, training=training, **kwargs
-        )
+            return self.layer(*args, **kwargs)
+        return self.rule(self.layer, recording, *args, training=training, **kwargs)
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
         """Returns the layer's mask."""
         return self.layer.compute_mask(inputs, previous_mask)
+
+
+class AttentionRecorder(Recorder):
+    """Calls MultiHeadAttention, whose arguments Keras wants to see by name."""
+
+    def call(
+        self,
+        query: Any,
+        value: Any,
+        key: Any = None,
+        attention_mask: Any = None,
+        return_attention_scores: bool = False,
+        training: bool | None = None,
+        use_causal_mask: bool = False,
+    ) -> Any:
+        """Calls the layer."""
+        return self.recorded(
+            query,
+            value,
+            key,
+            attention_mask=attention_mask,
+            return_attention_scores=return_attention_scores,
+            training=training,
+            use_causal_mask=use_causal_mask,
+        )

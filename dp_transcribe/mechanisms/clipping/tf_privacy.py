@@ -15,6 +15,7 @@ from dp_transcribe.mechanisms.clipping.bound import (
     zero_rows,
 )
 from dp_transcribe.mechanisms.clipping.per_example import to_float32
+from dp_transcribe.mechanisms.clipping.validate import every_layer
 
 
 def clipped_gradient_sum(
@@ -34,10 +35,13 @@ def clipped_gradient_sum(
 
     Raises:
         ModuleNotFoundError: TensorFlow Privacy is not installed.
+        ValueError: the model has a convolution with groups, whose gradient
+            TensorFlow vectorises wrongly.
 
     **Privacy**: each example contributes at most `bound.l2_norm` in L2 norm over all
     variables together. Computed from protected targets: nothing here is noisy yet.
     """
+    _refuse_groups(model)
     clip_and_aggregate = _import_clip_and_aggregate()
     losses = to_float32(loss_fn(targets, model(inputs, training=training)))
     keep = _finite_rows((inputs, targets, losses))
@@ -75,6 +79,17 @@ def _import_clip_and_aggregate() -> Callable[..., Any]:
     from tensorflow_privacy.privacy.optimizers import clip_and_aggregate_gradients
 
     return clip_and_aggregate_gradients.clip_and_aggregate_gradients
+
+
+def _refuse_groups(model: keras.Model) -> None:
+    """Refuses what this path would sum without an error, and wrongly."""
+    for layer in every_layer(model):
+        if getattr(layer, "kernel_size", None) and getattr(layer, "groups", 1) > 1:
+            raise ValueError(
+                "Invalid value for argument `clipping`. Expected a path that can take "
+                f"groups in convolution '{layer.name}'. Received: "
+                'clipping=tf_privacy. Use "ghost" or "vectorized".'
+            )
 
 
 def _finite_rows(tensors: Any) -> tf.Tensor:

@@ -11,6 +11,11 @@ import tensorflow as tf
 from dp_transcribe.mechanisms.clipping.bound import Bound, ClippedSum, zero_rows
 from dp_transcribe.mechanisms.clipping.per_example import to_float32
 
+# On CPU, TensorFlow 2.21 with oneDNN corrupts memory in a product of matrices over
+# batch axes like `[5, 1]` and `[]`, which is what vectorising over examples makes of
+# these. A model that has one is mapped in a loop.
+UNSAFE = {"BatchMatMulV2", "Einsum"}
+
 
 def clipped_gradient_sum(
     model: keras.Model,
@@ -34,13 +39,25 @@ def clipped_gradient_sum(
         batch = tf.nest.map_structure(lambda t: t[None], example)
         return _gradients(model, *batch, loss_fn=loss_fn, training=training)
 
-    gradients, losses, outputs = tf.vectorized_map(one, (inputs, targets))
+    gradients, losses, outputs = _map(one, (inputs, targets))
     squared = [_row_sums(tf.square(g)) for g in gradients]
     squared_norms = tf.add_n(squared) if squared else tf.zeros_like(losses)
     factors = bound.factors(squared_norms, mask)
     finite = tf.math.is_finite(squared_norms)
     sums = [tf.tensordot(factors, zero_rows(finite, g), 1) for g in gradients]
     return ClippedSum(sums, tf.sqrt(squared_norms), losses, outputs)
+
+
+def _map(one: Callable[..., Any], batch: tuple[Any, Any]) -> Any:
+    """Maps over the batch, vectorised unless that would be unsafe."""
+    specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape[1:], t.dtype), batch)
+    traced = tf.function(one, autograph=False).get_concrete_function(specs)
+    if all(op.type not in UNSAFE for op in traced.graph.get_operations()):
+        return tf.vectorized_map(one, batch)
+    made = tf.nest.map_structure(
+        lambda t: tf.TensorSpec(t.shape, t.dtype), traced.structured_outputs
+    )
+    return tf.map_fn(one, batch, fn_output_signature=made)
 
 
 def _gradients(

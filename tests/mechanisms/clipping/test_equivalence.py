@@ -1,0 +1,203 @@
+"""Every path gives the sum that the definition gives, for every layer."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dp_transcribe.mechanisms.clipping import clipped_gradient_sum, convolution
+from dp_transcribe.mechanisms.clipping.plan import unsupported_layer
+from tests.mechanisms.clipping.reference import (
+    compiled,
+    distance,
+    make_data,
+    one_by_one,
+    squared_error,
+)
+from tests.mechanisms.clipping.students import (
+    STUDENTS,
+    lenet,
+    nested,
+    sequence,
+)
+
+L = keras.layers
+TOLERANCE = 1e-5
+
+
+def make(name):
+    keras.utils.set_random_seed(1)
+    model = STUDENTS[name]()
+    if name != "unknown size":
+        return model, *make_data(model)
+    random = np.random.default_rng(0)
+    inputs = tf.constant(random.normal(size=(5, 6, 7, 3)), tf.float32)
+    return model, inputs, tf.constant(random.normal(size=(5, 4)), tf.float32)
+
+
+def bounded_sum(model, **arguments):
+    return lambda x, y: clipped_gradient_sum(model, x, y, squared_error, **arguments)
+
+
+def check_against_the_definition(name, arguments):
+    model, inputs, targets = make(name)
+    expected, norms = one_by_one(model, inputs, targets, **arguments)
+    run = compiled(bounded_sum(model, **arguments), inputs, targets)
+    result = run(inputs, targets)
+    assert distance(result.gradients, expected) < TOLERANCE
+    np.testing.assert_allclose(result.norms, norms, rtol=TOLERANCE)
+    return model, inputs, result
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_one_pass_is_the_sum_of_normalised_gradients(name):
+    arguments = {"l2_norm": 0.7, "normalize": True}
+    model, inputs, result = check_against_the_definition(name, arguments)
+    assert unsupported_layer(model) is None
+    np.testing.assert_allclose(result.outputs, model(inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("clipping", ["ghost", "vectorized", "tf_privacy"])
+def test_only_gradients_above_the_clip_norm_are_scaled(clipping):
+    model, inputs, targets = make("dense")
+    _, norms = one_by_one(model, inputs, targets, l2_norm=1.0)
+    arguments = {"l2_norm": float(np.median(norms)), "clipping": clipping}
+    expected, _ = one_by_one(model, inputs, targets, l2_norm=arguments["l2_norm"])
+    result = bounded_sum(model, **arguments)(inputs, targets)
+    assert distance(result.gradients, expected) < TOLERANCE
+
+
+# Not grouped convolutions: their gradient is wrong under TensorFlow's pfor.
+@pytest.mark.parametrize(
+    "name", ["folded", "dense", "embedding", "attention", "residual"]
+)
+@pytest.mark.parametrize("clipping", ["vectorized", "tf_privacy"])
+def test_reference_paths_agree(name, clipping):
+    model, inputs, targets = make(name)
+    arguments = {"l2_norm": 0.7, "normalize": True}
+    expected, norms = one_by_one(model, inputs, targets, **arguments)
+    run = compiled(bounded_sum(model, clipping=clipping, **arguments), inputs, targets)
+    result = run(inputs, targets)
+    assert distance(result.gradients, expected) < TOLERANCE
+    np.testing.assert_allclose(result.norms, norms, rtol=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in STUDENTS if n not in ("groups",)])
+@pytest.mark.parametrize("clipping", ["vectorized", "tf_privacy"])
+def test_reference_paths_agree_on_every_layer(name, clipping):
+    test_reference_paths_agree(name, clipping)
+
+
+def test_infinite_clip_norm_gives_the_plain_gradient():
+    model = lenet()
+    inputs, targets = make_data(model, count=6)
+    result = clipped_gradient_sum(
+        model, inputs, targets, squared_error, l2_norm=float("inf")
+    )
+    variables = [v.value for v in model.trainable_variables]
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(squared_error(targets, model(inputs, training=True)))
+    expected = [g.numpy() for g in tape.gradient(loss, variables)]
+    assert distance(result.gradients, expected) < TOLERANCE
+
+
+def test_parts_of_the_batch_change_nothing(monkeypatch):
+    model = lenet()
+    inputs, targets = make_data(model, count=7)
+    run = bounded_sum(model, l2_norm=0.5)
+    whole = compiled(run, inputs, targets)(inputs, targets)
+    monkeypatch.setattr(convolution, "PART", 2**17)
+    parts = compiled(run, inputs, targets)(inputs, targets)
+    assert distance(parts.gradients, whole.gradients) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("clipping", "microbatches"),
+    [("ghost", 2), ("ghost", 3), ("ghost", 20), ("vectorized", 3)],
+)
+def test_microbatches_change_nothing(clipping, microbatches):
+    model = sequence((4, 4, 2), L.Conv2D(3, 2), L.Flatten(), L.Dense(3))
+    inputs, targets = make_data(model, count=7)
+    mask = tf.constant([1, 1, 0, 1, 1, 1, 0])
+
+    def run(parts):
+        return clipped_gradient_sum(
+            model,
+            inputs,
+            targets,
+            squared_error,
+            l2_norm=0.5,
+            mask=mask,
+            clipping=clipping,
+            microbatches=parts,
+        )
+
+    whole, parts = run(1), tf.function(run)(microbatches)
+    assert distance(parts.gradients, whole.gradients) < TOLERANCE
+    for name in ("norms", "losses", "outputs"):
+        np.testing.assert_allclose(
+            getattr(parts, name), getattr(whole, name), rtol=1e-4, atol=1e-6
+        )
+
+
+def test_a_batch_of_one_and_a_partial_batch():
+    model = nested()
+    inputs, targets = make_data(model, count=5)
+    run = compiled(bounded_sum(model, l2_norm=0.1), inputs, targets)
+    for count in (1, 3, 5):
+        expected, _ = one_by_one(model, inputs[:count], targets[:count], l2_norm=0.1)
+        gradients = run(inputs[:count], targets[:count]).gradients
+        assert distance(gradients, expected) < TOLERANCE
+
+
+def test_weights_and_frozen_layers_are_read_at_each_call():
+    model = sequence((6,), L.Dense(5, activation="tanh"), L.Dense(3))
+    inputs, targets = make_data(model)
+    clipped_gradient_sum(model, inputs, targets, squared_error, l2_norm=0.1)
+    model.layers[0].trainable = False
+    model.layers[1].kernel.assign(2.0 * model.layers[1].kernel)
+    result = clipped_gradient_sum(model, inputs, targets, squared_error, l2_norm=0.1)
+    expected, _ = one_by_one(model, inputs, targets, l2_norm=0.1)
+    assert len(result.gradients) == 2
+    assert distance(result.gradients, expected) < TOLERANCE
+
+
+def test_recording_leaves_the_student_as_it_was():
+    model = nested()
+    config, names = model.get_config(), [v.path for v in model.variables]
+    inputs, targets = make_data(model)
+    before = model(inputs)
+    clipped_gradient_sum(model, inputs, targets, squared_error, l2_norm=0.1)
+    np.testing.assert_array_equal(model(inputs), before)
+    assert [v.path for v in model.variables] == names
+    assert model.get_config() == config
+
+
+@pytest.mark.parametrize(
+    "name", ["folded", "dense", "residual", "attention", "embedding"]
+)
+def test_bfloat16_sums_in_float32(name):
+    """bfloat16 has 8 bits: gradients agree to 3e-2, the bound holds to float32."""
+    keras.utils.set_random_seed(1)
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = STUDENTS[name]()
+    finally:
+        keras.config.set_dtype_policy(policy)
+    inputs, targets = make_data(model)
+    expected, norms = one_by_one(model, inputs, targets, l2_norm=1.0, normalize=True)
+    for clipping in ("ghost", "vectorized"):
+        result = clipped_gradient_sum(
+            model,
+            inputs,
+            targets,
+            squared_error,
+            l2_norm=1.0,
+            normalize=True,
+            clipping=clipping,
+        )
+        assert {g.dtype for g in result.gradients} == {tf.float32}
+        assert distance(result.gradients, expected) < 3e-2
+        np.testing.assert_allclose(result.norms, norms, rtol=3e-2)
