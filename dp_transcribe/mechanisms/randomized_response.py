@@ -117,6 +117,8 @@ class SelectiveRandomizedResponse(RandomizedResponse):
         top_k: number of candidates; None chooses for every query the k that is most
             likely to tell the truth, argmax_k e^ε₀/(e^ε₀+k−1)·Σ_{top k} prior.
         min_k: the least k of that choice. k = 1 tells what was known.
+        smoothing: share of the uniform distribution mixed into the prior for that
+            choice, since a student in training is surer than it is right.
 
     **Privacy**: unit `RESPONSE`, replace-one, pure ε₀ per answer, since the candidates
     come from the student (post-processing of other answers), never from the
@@ -130,11 +132,13 @@ class SelectiveRandomizedResponse(RandomizedResponse):
 
     top_k: int | None = None
     min_k: int = 2
+    smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         """Checks the parameters."""
         super().__post_init__()
         _validate.positive_int("min_k", self.min_k)
+        _validate.probability("smoothing", self.smoothing)
         if self.top_k is not None:
             _validate.positive_int("top_k", self.top_k)
 
@@ -148,6 +152,8 @@ class SelectiveRandomizedResponse(RandomizedResponse):
         """The k likeliest classes under the prior, `[batch, classes]`."""
         if self.top_k is not None:
             return top_candidates(prior, self.top_k)
+        uniform = self.smoothing / prior.shape[-1]
+        prior = (1.0 - self.smoothing) * prior + uniform
         mass = tf.cumsum(tf.sort(prior, direction="DESCENDING"), axis=-1)
         k = tf.range(1, prior.shape[-1] + 1, dtype=tf.float32)
         truth = mass / (1.0 + (k - 1.0) * math.exp(-self._epsilon))
