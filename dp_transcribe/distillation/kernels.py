@@ -1,0 +1,209 @@
+"""Kernels: a public embedding of each input, and a product between embeddings."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+
+import numpy as np
+import tensorflow as tf
+
+from dp_transcribe import _validate
+from dp_transcribe.distillation.scattering import Scattering
+
+_EPSILON = 1e-5
+
+
+class Kernel(abc.ABC):
+    """A positive semi-definite function of two inputs.
+
+    The work is split in two, so that the part that concerns a private record alone
+    is done once: `embed` maps each input by itself, `between` compares embeddings.
+
+    **Privacy**: `embed` must be a public function of each input alone. Statistics
+    over private data have no place in it.
+    """
+
+    @abc.abstractmethod
+    def embed(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Maps inputs `[n, ...]` to embeddings, float32 `[n, features]`."""
+
+    @abc.abstractmethod
+    def between(self, left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
+        """Kernel matrix of embeddings, float32 `[left, right]`."""
+
+    def __call__(self, left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
+        """Kernel matrix of inputs, float32 `[left, right]`."""
+        return self.between(self.embed(left), self.embed(right))
+
+
+@dataclasses.dataclass(frozen=True)
+class ScatteringKernel(Kernel):
+    """Inner product of normalised scattering coefficients.
+
+    Each group of channels is brought to mean zero and variance one within each image,
+    and the whole vector to norm one.
+
+    Attributes:
+        image_shape: height, width and number of colours.
+        groups: number of groups of channels, a divisor of their number (81 per colour
+            by default); None takes 27 for grey images and every channel by itself
+            for colour.
+        scale: J of the transform.
+        orientations: L of the transform.
+    """
+
+    image_shape: tuple[int, int, int]
+    groups: int | None = None
+    scale: int = 2
+    orientations: int = 8
+
+    def __post_init__(self) -> None:
+        """Checks that the groups divide the channels."""
+        if self.channels % self.num_groups:
+            expected = f"None or a divisor of {self.channels} channels"
+            raise _validate.invalid("groups", self.groups, expected)
+
+    @property
+    def transform(self) -> Scattering:
+        """The scattering transform."""
+        height, width, _ = self.image_shape
+        return Scattering(height, width, self.scale, self.orientations)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the transform, over all colours."""
+        return self.transform.channels * self.image_shape[2]
+
+    @property
+    def num_groups(self) -> int:
+        """Groups that are normalised, each by itself."""
+        if self.groups is not None:
+            return _validate.positive_int("groups", self.groups)
+        grey = self.image_shape[2] == 1
+        return self.channels // 3 if grey and self.channels % 3 == 0 else self.channels
+
+    @property
+    def num_features(self) -> int:
+        """Length of an embedding: 3969 for images of 28x28x1."""
+        return self.channels * math.prod(self.transform.output_size)
+
+    def embed(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Normalised scattering coefficients, float32 `[n, features]` of norm 1."""
+        return _scattering_embedding(self, inputs)
+
+    def between(self, left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
+        """Inner products."""
+        return tf.matmul(left, right, transpose_b=True)
+
+
+@tf.function(jit_compile=True, reduce_retracing=False)
+def _scattering_embedding(kernel: ScatteringKernel, images: tf.Tensor) -> tf.Tensor:
+    """Compiled per kernel and batch size."""
+    coefficients = kernel.transform(tf.cast(images, tf.float32))
+    flat = tf.reshape(coefficients, [tf.shape(images)[0], kernel.num_groups, -1])
+    mean, variance = tf.nn.moments(flat, axes=[-1], keepdims=True)
+    normal = (flat - mean) * tf.math.rsqrt(variance + _EPSILON)
+    return tf.math.l2_normalize(
+        tf.reshape(normal, [tf.shape(images)[0], kernel.num_features]), axis=1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RBFKernel(Kernel):
+    """Gaussian kernel `exp(-gamma * squared distance)` of flattened inputs.
+
+    Attributes:
+        gamma: one over twice the squared width, above 0.
+    """
+
+    gamma: float = 1e-2
+
+    def __post_init__(self) -> None:
+        """Checks the width."""
+        _validate.positive_finite("gamma", self.gamma)
+
+    def embed(self, inputs: tf.Tensor) -> tf.Tensor:
+        """The flattened input."""
+        return _flatten(inputs)
+
+    def between(self, left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
+        """The kernel of all pairs."""
+        squares = tf.reduce_sum(left**2, axis=1)[:, None] + tf.reduce_sum(
+            right**2, axis=1
+        )
+        distances = squares - 2.0 * tf.matmul(left, right, transpose_b=True)
+        return tf.exp(-self.gamma * tf.maximum(distances, 0.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class NTKKernel(Kernel):
+    """Neural tangent kernel of an infinitely wide ReLU network.
+
+    Attributes:
+        hidden_layers: number of hidden layers, 1 or more.
+        weight_std: standard deviation of the weights, times the root of the fan-in.
+        bias_std: standard deviation of the biases.
+
+    References:
+        Jacot, Gabriel, Hongler: Neural Tangent Kernel, arXiv:1806.07572.
+        Lee et al.: Wide Neural Networks of Any Depth, arXiv:1902.06720.
+    """
+
+    hidden_layers: int = 1
+    weight_std: float = math.sqrt(2.0)
+    bias_std: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Checks the attributes."""
+        _validate.positive_int("hidden_layers", self.hidden_layers)
+        _validate.positive_finite("weight_std", self.weight_std)
+        _validate.non_negative("bias_std", self.bias_std)
+
+    def embed(self, inputs: tf.Tensor) -> tf.Tensor:
+        """The flattened input."""
+        return _flatten(inputs)
+
+    def between(self, left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
+        """The tangent kernel of all pairs."""
+        weight, bias = self.weight_std**2, self.bias_std**2
+        width = left.shape[1]
+        covariance = weight * tf.matmul(left, right, transpose_b=True) / width + bias
+        left_variance = weight * tf.reduce_mean(left**2, axis=1)[:, None] + bias
+        right_variance = weight * tf.reduce_mean(right**2, axis=1)[None] + bias
+        tangent = covariance
+        for _ in range(self.hidden_layers):
+            scale = tf.sqrt(left_variance * right_variance)
+            mean, slope = _relu_moments(covariance, scale)
+            covariance = weight * mean + bias
+            tangent = covariance + weight * tangent * slope
+            left_variance = weight * left_variance / 2.0 + bias
+            right_variance = weight * right_variance / 2.0 + bias
+        return tangent
+
+
+def _relu_moments(
+    covariance: tf.Tensor, scale: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Means of the product of two ReLUs and of their derivatives.
+
+    Args:
+        covariance: of the two Gaussian pre-activations.
+        scale: the product of their standard deviations.
+
+    Returns:
+        E[relu(u) relu(v)] and E[relu'(u) relu'(v)].
+    """
+    limit = 1.0 - 1e-6  # the angle's derivative is infinite at 1
+    cosine = tf.clip_by_value(tf.math.divide_no_nan(covariance, scale), -limit, limit)
+    angle = tf.acos(cosine)
+    sine = tf.sqrt(1.0 - cosine**2)
+    mean = scale * (sine + (np.pi - angle) * cosine) / (2.0 * np.pi)
+    return mean, (np.pi - angle) / (2.0 * np.pi)
+
+
+def _flatten(inputs: tf.Tensor) -> tf.Tensor:
+    """Inputs `[n, ...]` as float32 `[n, size]`."""
+    inputs = tf.cast(inputs, tf.float32)
+    return tf.reshape(inputs, [tf.shape(inputs)[0], math.prod(inputs.shape[1:])])

@@ -1,0 +1,286 @@
+"""A linear classifier on public features, fitted with record-level privacy."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+
+from dp_transcribe import _validate
+from dp_transcribe.distillation.releases import (
+    RecordSums,
+    noise_multiplier_for_sums,
+    sampling_rate,
+)
+from dp_transcribe.privacy.ledger import Ledger
+from dp_transcribe.privacy.statement import PrivacyStatement
+
+# Records read at once: their features stay in the processor's cache.
+_CHUNK = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearTraining:
+    """How a linear model is fitted; public, chosen without the private data.
+
+    Attributes:
+        steps: number of gradient steps, each one release.
+        learning_rate: of the gradient divided by the number of records and by
+            `l2_norm`.
+        momentum: of heavy-ball gradient descent.
+        l2_norm: bound of one record's gradient.
+        sampling_probability: probability with which a step takes each record; 1 is
+            full-batch gradient descent.
+        averaged: the share of the last steps whose weights are averaged; 0 keeps
+            the last weights.
+        accountant: `"pld"` or `"rdp"`.
+    """
+
+    steps: int = 160
+    learning_rate: float = 8.0
+    momentum: float = 0.9
+    l2_norm: float = 1.0
+    sampling_probability: float = 1.0
+    averaged: float = 0.25
+    accountant: str = "pld"
+
+    def __post_init__(self) -> None:
+        """Checks the attributes."""
+        _validate.positive_int("steps", self.steps)
+        _validate.positive_finite("learning_rate", self.learning_rate)
+        _validate.probability("momentum", self.momentum)
+        _validate.positive_finite("l2_norm", self.l2_norm)
+        sampling_rate(self.sampling_probability)
+        _validate.probability("averaged", self.averaged)
+        _validate.one_of("accountant", self.accountant, ("rdp", "pld"))
+
+
+class PrivateLinearModel:
+    """Multinomial logistic regression by noisy gradient descent.
+
+    Args:
+        num_classes: number of classes.
+        training: how it is fitted.
+        seed: None for secret noise; an int makes runs repeatable, for tests.
+
+    Attributes:
+        weights: float32 `[features, classes]`, None before `fit`. Zero at the start.
+
+    **Privacy**: unit `RECORD`, zero-out. The gradient of one record is the outer
+    product of its features and its residual (probabilities minus one-hot label), so
+    its norm is the product of their norms, and clipping costs nothing: no gradient
+    of a single record is ever built. The sum of clipped gradients moves by at most
+    `l2_norm` and is released once per step. The features must be a public function
+    of each record alone: no statistic of the private data may be in them.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        training: LinearTraining | None = None,
+        *,
+        seed: int | None = None,
+    ) -> None:
+        self.num_classes = _validate.positive_int("num_classes", num_classes)
+        self.training = training or LinearTraining()
+        self.seed = _validate.optional_seed("seed", seed)
+        self.weights: np.ndarray | None = None
+        self._releases: RecordSums | None = None
+        self._delta = 0.0
+
+    def fit(
+        self,
+        features: np.ndarray,
+        labels: np.ndarray,
+        *,
+        target_epsilon: float,
+        delta: float,
+        on_step: Callable[[int, np.ndarray], None] | None = None,
+    ) -> PrivateLinearModel:
+        """Fits the model and spends the whole budget.
+
+        Args:
+            features: float `[records, features]`, each row from one record alone.
+            labels: int `[records]`.
+            target_epsilon: the epsilon per record that is not passed.
+            delta: strictly between 0 and 1.
+            on_step: called with each step's number and noisy weights.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: an argument is out of range or the labels do not fit.
+            RuntimeError: the model was fitted before.
+        """
+        if self._releases is not None:
+            raise RuntimeError(
+                "This model was fitted before, and a second fit would spend a second "
+                "budget on the same records. Make a new model and add up both "
+                "statements' epsilons."
+            )
+        labels = check_labels(labels, len(features), self.num_classes)
+        multiplier = noise_multiplier_for_sums(
+            target_epsilon,
+            delta,
+            releases=self.training.steps,
+            sampling_probability=self.training.sampling_probability,
+            accountant=self.training.accountant,
+        )
+        self._delta = delta
+        self._releases = RecordSums(
+            mechanism="PrivateLinearModel",
+            l2_norm=self.training.l2_norm,
+            noise_multiplier=multiplier,
+            sampling_probability=self.training.sampling_probability,
+            seed=self.seed,
+        )
+        self.weights = self._descend(features, labels, on_step)
+        return self
+
+    def logits(self, features: np.ndarray) -> np.ndarray:
+        """Scores of the classes, float32 `[n, classes]`."""
+        return np.asarray(features @ self._fitted_weights(), np.float32)
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        """Most likely classes, int `[n]`."""
+        return self.logits(features).argmax(axis=1)
+
+    def score(self, features: np.ndarray, labels: np.ndarray) -> float:
+        """Share of correct predictions."""
+        return float(np.mean(self.predict(features) == np.asarray(labels)))
+
+    @property
+    def ledger(self) -> Ledger:
+        """What was released."""
+        return Ledger() if self._releases is None else self._releases.ledger
+
+    def privacy_statement(self) -> PrivacyStatement:
+        """The guarantee of the weights and of all that is computed from them.
+
+        Raises:
+            RuntimeError: the model was not fitted.
+        """
+        self._fitted_weights()
+        return self._releases.statement(  # type: ignore[union-attr]
+            delta=self._delta,
+            accountant=self.training.accountant,
+            covered=("linear model", "distilled data set"),
+            steps=self.training.steps,
+        )
+
+    def _descend(
+        self,
+        features: np.ndarray,
+        labels: np.ndarray,
+        on_step: Callable[[int, np.ndarray], None] | None,
+    ) -> np.ndarray:
+        """Heavy-ball gradient descent; returns the averaged weights."""
+        plan, releases = self.training, self._releases
+        if releases is None:
+            raise RuntimeError("The releases are not set up. Call `fit`.")
+        weights = tf.zeros([features.shape[1], self.num_classes])
+        velocity, total = tf.zeros_like(weights), tf.zeros_like(weights)
+        last = max(1, math.ceil(plan.averaged * plan.steps))
+        expected = plan.sampling_probability * len(features) * plan.l2_norm
+        for step in range(plan.steps):
+            releases.begin()
+            chosen = releases.sample(len(features)).numpy()
+            gradient = self._clipped_sum(features, labels, chosen, weights)
+            velocity = (
+                plan.momentum * velocity + releases.add_noise(gradient) / expected
+            )
+            weights = weights - plan.learning_rate * velocity
+            if step >= plan.steps - last:
+                total = total + weights / last
+            if on_step is not None:
+                on_step(step, weights.numpy())
+        return total.numpy()
+
+    def _clipped_sum(
+        self,
+        features: np.ndarray,
+        labels: np.ndarray,
+        chosen: np.ndarray,
+        weights: tf.Tensor,
+    ) -> tf.Tensor:
+        """Sum of the clipped gradients of the chosen records."""
+        total = tf.zeros_like(weights)
+        whole = len(chosen) == len(features)
+        for start in range(0, len(chosen), _CHUNK):
+            rows = (
+                slice(start, start + _CHUNK)
+                if whole
+                else chosen[start : start + _CHUNK]
+            )
+            total += clipped_gradient_sum(
+                tf.cast(features[rows], tf.float32),
+                tf.constant(labels[rows]),
+                weights,
+                l2_norm=self.training.l2_norm,
+            )
+        return total
+
+    def _fitted_weights(self) -> np.ndarray:
+        if self.weights is None:
+            raise RuntimeError("The model has no weights yet. Call `fit` first.")
+        return self.weights
+
+
+@tf.function(reduce_retracing=True)
+def clipped_gradient_sum(
+    features: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor, *, l2_norm: float
+) -> tf.Tensor:
+    """Sum of the records' clipped cross-entropy gradients.
+
+    Args:
+        features: float32 `[n, features]`.
+        labels: int `[n]`.
+        weights: float32 `[features, classes]`.
+        l2_norm: bound of one record's gradient.
+
+    Returns:
+        float32 `[features, classes]`. A record with a NaN or infinite feature counts
+        as zero.
+
+    **Privacy**: moves by at most `l2_norm` if one record is left out.
+    """
+    finite = tf.reduce_all(tf.math.is_finite(features), axis=1, keepdims=True)
+    features = tf.where(finite, features, 0.0)
+    residuals = tf.nn.softmax(features @ weights) - tf.one_hot(
+        labels, tf.shape(weights)[1]
+    )
+    norms = tf.norm(features, axis=1) * tf.norm(residuals, axis=1)
+    factors = tf.math.divide_no_nan(tf.minimum(norms, l2_norm), norms)
+    factors = tf.where(tf.math.is_finite(norms), factors, 0.0)
+    return tf.matmul(features, residuals * factors[:, None], transpose_a=True)
+
+
+def check_labels(labels: np.ndarray, num_records: int, num_classes: int) -> np.ndarray:
+    """Checks labels against the records and the classes, before any release.
+
+    Args:
+        labels: int `[records]`.
+        num_records: number of records.
+        num_classes: number of classes.
+
+    Returns:
+        int32 `[records]`.
+
+    Raises:
+        ValueError: there is not one whole number from 0 to `num_classes - 1` per
+            record. The message does not quote the labels, which are private.
+    """
+    values = np.asarray(labels)
+    whole = np.issubdtype(values.dtype, np.integer)
+    if values.shape != (num_records,) or not whole:
+        expected = f"one whole number per record, of shape ({num_records},)"
+        raise _validate.invalid("labels", (values.dtype.name, values.shape), expected)
+    if num_records and not 0 <= values.min() <= values.max() < num_classes:
+        expected = f"whole numbers from 0 to {num_classes - 1}"
+        mend = "Number the classes from 0, or raise `num_classes`."
+        raise _validate.invalid("labels", "(withheld: private)", expected, mend)
+    return values.astype(np.int32)

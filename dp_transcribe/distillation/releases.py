@@ -1,0 +1,182 @@
+"""Noisy sums over private records: sampling, noise and ledger in one place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dp_accounting
+import tensorflow as tf
+
+from dp_transcribe import _validate
+from dp_transcribe.mechanisms.noise import SAMPLING, NoiseSource
+from dp_transcribe.privacy.calibration import poisson_noise_multiplier
+from dp_transcribe.privacy.ledger import Ledger, Spend
+from dp_transcribe.privacy.statement import PrivacyStatement, statement_from_ledger
+from dp_transcribe.privacy.units import Relation, Unit
+
+_RELATION = Relation.REPLACE_SPECIAL
+
+
+class RecordSums:
+    """Gaussian releases of sums to which each private record adds a bounded part.
+
+    Args:
+        mechanism: the name to write into the ledger.
+        l2_norm: bound of one record's contribution, over all tensors of a release
+            together.
+        noise_multiplier: standard deviation of the noise in units of `l2_norm`.
+        sampling_probability: probability with which a release takes each record; 1
+            takes them all.
+        seed: None for secret randomness; an int makes runs repeatable, for tests.
+
+    **Privacy**: unit `RECORD` under zero-out, where the number of records is public
+    and a record is replaced by an empty one that contributes nothing. A sum then
+    moves by at most `l2_norm`, and nothing else scales the noise. That each
+    contribution is within the bound is the promise of the caller. Every release is
+    written to `ledger` before its noise is drawn, an empty sample included.
+    """
+
+    def __init__(
+        self,
+        *,
+        mechanism: str,
+        l2_norm: float,
+        noise_multiplier: float,
+        sampling_probability: float = 1.0,
+        seed: int | None = None,
+    ) -> None:
+        self.l2_norm = _validate.positive_finite("l2_norm", l2_norm)
+        self.noise_multiplier = _validate.non_negative(
+            "noise_multiplier", noise_multiplier
+        )
+        self.sampling_probability = sampling_rate(sampling_probability)
+        self.ledger = Ledger()
+        self.spend = Spend(
+            unit=Unit.RECORD,
+            relation=_RELATION,
+            event=_event(self.noise_multiplier, self.sampling_probability),
+            mechanism=mechanism,
+        )
+        self._source = NoiseSource(seed)
+        self._number: tf.Tensor | None = None
+
+    def begin(self) -> None:
+        """Records the next release; call it before looking at any record."""
+        self.ledger.record(self.spend)
+        self._number = self._source.advance()
+
+    def sample(self, num_records: int) -> tf.Tensor:
+        """Draws the records of the release begun, each independently.
+
+        Args:
+            num_records: number of private records.
+
+        Returns:
+            int64 `[sampled]`, indices in rising order; may be empty.
+        """
+        if self.sampling_probability == 1.0:
+            return tf.range(num_records, dtype=tf.int64)
+        seed = self._source.stream(self._begun(), SAMPLING)
+        draws = tf.random.stateless_uniform([num_records], seed)
+        return tf.where(draws < self.sampling_probability)[:, 0]
+
+    def add_noise(self, total: tf.Tensor) -> tf.Tensor:
+        """Ends the release begun.
+
+        Args:
+            total: float32, the sum of the records' bounded contributions.
+
+        Returns:
+            The sum with noise of standard deviation `noise_multiplier * l2_norm` in
+            every entry.
+        """
+        number = self._begun()
+        self._number = None
+        noise = self._source.normal_like([total], number=number)[0]
+        return total + self.noise_multiplier * self.l2_norm * noise
+
+    def statement(
+        self, *, delta: float, accountant: str, covered: tuple[str, ...], **details: Any
+    ) -> PrivacyStatement:
+        """The statement of all releases so far.
+
+        Args:
+            delta: strictly between 0 and 1.
+            accountant: `"rdp"` or `"pld"`.
+            covered: what the guarantee speaks of.
+            **details: further public facts.
+
+        Returns:
+            The statement, unit `RECORD`.
+        """
+        facts = {
+            "l2_norm": self.l2_norm,
+            "noise_multiplier": self.noise_multiplier,
+            **details,
+        }
+        return statement_from_ledger(
+            self.ledger,
+            unit=Unit.RECORD,
+            delta=delta,
+            relation=_RELATION,
+            accountant=accountant,
+            covered=covered,
+            not_covered=("the private records", "accuracies measured on them"),
+            noise_seed=self._source.seed,
+            details=facts,
+        )
+
+    def _begun(self) -> tf.Tensor:
+        if self._number is None:
+            raise RuntimeError(
+                "No release has begun. Call `begin()` before each sum: it writes the "
+                "release to the ledger."
+            )
+        return self._number
+
+
+def sampling_rate(value: float) -> float:
+    """Checks a sampling probability, above 0 and at most 1."""
+    _validate.probability("sampling_probability", value)
+    return _validate.positive_finite("sampling_probability", value)
+
+
+def noise_multiplier_for_sums(
+    target_epsilon: float,
+    delta: float,
+    *,
+    releases: int,
+    sampling_probability: float = 1.0,
+    accountant: str = "pld",
+) -> float:
+    """Smallest noise multiplier with which so many sums keep a target epsilon.
+
+    Args:
+        target_epsilon: the epsilon to keep per record, above 0.
+        delta: strictly between 0 and 1.
+        releases: number of sums that will be released.
+        sampling_probability: probability with which a sum takes each record.
+        accountant: `"rdp"` or `"pld"` (tighter, slower for sampled records).
+
+    Returns:
+        The multiplier, rounded up.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    return poisson_noise_multiplier(
+        target_epsilon,
+        delta,
+        sampling_rate(sampling_probability),
+        releases,
+        relation=_RELATION,
+        accountant=accountant,
+    )
+
+
+def _event(multiplier: float, probability: float) -> dp_accounting.DpEvent:
+    """One release; a multiplier of zero is accounted as no privacy at all."""
+    gaussian = dp_accounting.GaussianDpEvent(multiplier)
+    if probability == 1.0:
+        return gaussian
+    return dp_accounting.PoissonSampledDpEvent(probability, gaussian)

@@ -1,0 +1,112 @@
+"""Kernel ridge regression on a distilled data set, as a classifier."""
+
+from __future__ import annotations
+
+import numpy as np
+import tensorflow as tf
+
+from dp_transcribe import _validate
+from dp_transcribe.distillation.kernels import Kernel
+
+_BATCH = 500
+
+
+class KernelRidgeClassifier:
+    """Classifies by kernel ridge regression to centred one-hot labels.
+
+    The regularisation is `penalty` times the mean of the kernel matrix's diagonal, as
+    in DP-KIP, so that it does not depend on the scale of the kernel.
+
+    Args:
+        kernel: the kernel.
+        penalty: strength of the regularisation, relative to the kernel.
+
+    Attributes:
+        classes: int `[classes]`, the labels seen by `fit`.
+        coefficients: float32 `[support, classes]`, None before `fit`.
+
+    **Privacy**: computed from the support alone, and so as private as the support.
+    """
+
+    def __init__(self, kernel: Kernel, *, penalty: float = 1e-3) -> None:
+        self.kernel = kernel
+        self.penalty = _validate.positive_finite("penalty", penalty)
+        self.classes: np.ndarray | None = None
+        self.coefficients: np.ndarray | None = None
+        self._support: tf.Tensor | None = None
+
+    def fit(self, inputs: np.ndarray, labels: np.ndarray) -> KernelRidgeClassifier:
+        """Solves for the coefficients.
+
+        Args:
+            inputs: float `[support, ...]`.
+            labels: int `[support]`, or float `[support, classes]` regression targets.
+
+        Returns:
+            The classifier.
+
+        Raises:
+            ValueError: there is not one label per input.
+        """
+        labels = np.asarray(labels)
+        if len(labels) != len(inputs) or labels.ndim not in (1, 2):
+            expected = f"one label per input, {len(inputs)} in all"
+            raise _validate.invalid("labels", labels.shape, expected)
+        if labels.ndim == 1:
+            self.classes = np.unique(labels)
+            labels = centred_one_hot(
+                np.searchsorted(self.classes, labels), len(self.classes)
+            )
+        else:
+            self.classes = np.arange(labels.shape[1])
+        self._support = self.kernel.embed(tf.cast(inputs, tf.float32))
+        gram = self.kernel.between(self._support, self._support)
+        self.coefficients = ridge_solve(
+            gram, tf.cast(labels, tf.float32), self.penalty
+        ).numpy()
+        return self
+
+    def decision_function(self, inputs: np.ndarray) -> np.ndarray:
+        """Regression outputs, float32 `[n, classes]`."""
+        if self._support is None or self.coefficients is None:
+            raise RuntimeError("The classifier is not fitted. Call `fit` first.")
+        outputs = [np.zeros((0, self.coefficients.shape[1]), np.float32)]
+        for start in range(0, len(inputs), _BATCH):
+            batch = tf.cast(inputs[start : start + _BATCH], tf.float32)
+            gram = self.kernel.between(self.kernel.embed(batch), self._support)
+            outputs.append((gram @ self.coefficients).numpy())
+        return np.concatenate(outputs)
+
+    def predict(self, inputs: np.ndarray) -> np.ndarray:
+        """Most likely labels, `[n]`."""
+        scores = self.decision_function(inputs)
+        return self.classes[scores.argmax(axis=1)]  # type: ignore[index]
+
+    def score(self, inputs: np.ndarray, labels: np.ndarray) -> float:
+        """Share of correct predictions."""
+        return float(np.mean(self.predict(inputs) == np.asarray(labels)))
+
+
+def centred_one_hot(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """One-hot labels less their mean `1 / num_classes`, float32 `[n, classes]`."""
+    return np.eye(num_classes, dtype=np.float32)[labels] - np.float32(1 / num_classes)
+
+
+def ridge_solve(gram: tf.Tensor, targets: tf.Tensor, penalty: float) -> tf.Tensor:
+    """Solves the regularised system; differentiable.
+
+    Args:
+        gram: float32 `[support, support]`, the kernel matrix of the support.
+        targets: float32 `[support, classes]`.
+        penalty: strength relative to the mean of the diagonal of `gram`.
+
+    Returns:
+        float32 `[support, classes]`.
+
+    References:
+        Vinaroz, Park: Differentially Private Kernel Inducing Points, arXiv:2301.13389.
+    """
+    size = tf.shape(gram)[0]
+    scale = tf.linalg.trace(gram) / tf.cast(size, gram.dtype)
+    damped = gram + penalty * scale * tf.eye(size, dtype=gram.dtype)
+    return tf.linalg.solve(damped, targets)

@@ -1,0 +1,72 @@
+"""The scattering transform equals kymatio's."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dp_transcribe.distillation import Scattering, ScatteringKernel
+
+# Inputs and outputs of kymatio 0.3.0's NumPy front end: J=2, L=8 and J=3, L=4.
+KYMATIO = Path(__file__).with_name("kymatio.npz")
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "orientations"), [("grey", 2, 8), ("colour", 3, 4)]
+)
+def test_equals_what_kymatio_computed(name, scale, orientations):
+    with np.load(KYMATIO) as arrays:
+        images, expected = arrays[name], arrays[f"{name}_out"]
+    transform = Scattering(*images.shape[1:3], scale, orientations)
+    outputs = transform(images).numpy()
+    assert outputs.shape[1] == transform.channels * images.shape[3]
+    np.testing.assert_allclose(outputs, expected, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(28, 28), (32, 32), (30, 41)])
+@pytest.mark.parametrize("scale", [1, 2])
+def test_equals_kymatio_live(shape, scale):
+    from kymatio.numpy import Scattering2D
+
+    images = np.random.default_rng(1).random((3, *shape)).astype(np.float32)
+    outputs = Scattering(*shape, scale)(images[..., None]).numpy()
+    np.testing.assert_allclose(outputs, Scattering2D(scale, shape)(images), atol=1e-4)
+
+
+def test_gradient_of_a_constant_image_is_finite():
+    transform = Scattering(8, 8, 1, 2)
+    images = tf.zeros([1, 8, 8, 1])
+    with tf.GradientTape() as tape:
+        tape.watch(images)
+        loss = tf.reduce_sum(transform(images) ** 2)
+    assert np.isfinite(tape.gradient(loss, images)).all()
+
+
+def test_a_scale_larger_than_the_image_is_refused():
+    with pytest.raises(ValueError, match="scale"):
+        Scattering(4, 28, 3)
+
+
+def test_embedding_has_norm_one_and_groups_have_mean_zero():
+    kernel = ScatteringKernel((28, 28, 1))
+    images = np.random.default_rng(2).random((3, 28, 28, 1)).astype(np.float32)
+    embedded = kernel.embed(images).numpy()
+    assert embedded.shape == (3, kernel.num_features) == (3, 3969)
+    np.testing.assert_allclose(np.linalg.norm(embedded, axis=1), 1.0, rtol=1e-5)
+    groups = embedded.reshape(3, 27, -1)
+    np.testing.assert_allclose(groups.mean(axis=-1), 0.0, atol=1e-6)
+
+
+def test_embedding_of_one_image_does_not_depend_on_the_others():
+    kernel = ScatteringKernel((12, 12, 1), scale=1, orientations=2)
+    images = np.random.default_rng(3).random((4, 12, 12, 1)).astype(np.float32)
+    together = kernel.embed(images).numpy()
+    alone = kernel.embed(images[2:3]).numpy()
+    np.testing.assert_allclose(together[2:3], alone, atol=1e-6)
+
+
+def test_groups_that_do_not_divide_the_channels_are_refused():
+    with pytest.raises(ValueError, match="groups"):
+        ScatteringKernel((28, 28, 1), groups=10)
