@@ -196,11 +196,17 @@ class AnswerLearner(Learner):
         codes, answers = self.ask(count, number, 0)
         logits = owner.student(dequantize(codes, self.output_range), training=False)
         seed = owner.noise.stream(number, ANSWERS, part=replica_index())
-        released = mechanism.release(answers, tf.nn.softmax(logits), seed)
+        released = mechanism.release(answers, self._prior(logits), seed)
         rows = tf.stack([released.answers, released.candidates], 1)
         self.replay.add(codes, rows)
         agree = tf.argmax(logits, -1) == mechanism.labels(released)
         return tf.reduce_mean(tf.cast(agree, tf.float32))
+
+    def _prior(self, logits: tf.Tensor) -> tf.Tensor:
+        """The student's prediction, uniform while it has learnt too little."""
+        prior = tf.nn.softmax(tf.cast(logits, tf.float32))
+        learnt = self.replay.written * self.replicas >= self.owner.uniform_prior_queries
+        return tf.where(learnt, prior, tf.ones_like(prior) / prior.shape[-1])
 
     def update(self) -> tf.Tensor:
         """One plain update on a batch of the replay; costs nothing."""

@@ -12,9 +12,9 @@ import keras
 from dp_transcribe import _validate
 from dp_transcribe.generators.base import ProceduralGenerator
 from dp_transcribe.generators.conv_generator import ConvGenerator
-from dp_transcribe.generators.guidance import pretrain_by_teacher
 from dp_transcribe.generators.pretraining import pretrain
 from dp_transcribe.generators.trainable import TrainableGenerator
+from dp_transcribe.guidance import pretrain_by_teacher
 from dp_transcribe.losses.objective import GeneratorObjective
 from dp_transcribe.mechanisms.base import Mechanism
 from dp_transcribe.mechanisms.noisy_answer import NoisyAnswer

@@ -73,6 +73,8 @@ class DPTranscriber(keras.Model):
         generator_batch_size: images per generator update, over all replicas.
         replay_size: answered queries kept, with an answer mechanism.
         replay_batch_size: rows per student update, with an answer mechanism.
+        uniform_prior_queries: queries answered before the student's prediction takes
+            the place of a uniform prior, with an answer mechanism.
         generator_covered: whether the generator is as private as the student: it was
             never guided by the teacher. Goes into the statement.
         seed: None for secret noise. A given seed is for tests: the statement says so.
@@ -104,6 +106,7 @@ class DPTranscriber(keras.Model):
         generator_batch_size: int = 64,
         replay_size: int = 200_000,
         replay_batch_size: int = 512,
+        uniform_prior_queries: int = 0,
         generator_covered: bool = True,
         seed: int | None = None,
         **kwargs: Any,
@@ -129,6 +132,9 @@ class DPTranscriber(keras.Model):
         self.replay_size = _validate.positive_int("replay_size", replay_size)
         self.replay_batch_size = _validate.positive_int(
             "replay_batch_size", replay_batch_size
+        )
+        self.uniform_prior_queries = _validate.non_negative_int(
+            "uniform_prior_queries", uniform_prior_queries
         )
         self.generator_covered = generator_covered
         self.seed = _validate.optional_seed("seed", seed)
@@ -648,6 +654,7 @@ _PLAIN_ARGUMENTS = (
     "generator_batch_size",
     "replay_size",
     "replay_batch_size",
+    "uniform_prior_queries",
     "generator_covered",
     "seed",
 )
