@@ -108,9 +108,9 @@ class Affine:
             scale, offset = layer.scale, None
         else:
             scale, offset = layer.gamma, layer.beta
-        axes = layer.axis if isinstance(layer.axis, list | tuple) else [layer.axis]
+        given = layer.axis if isinstance(layer.axis, list | tuple) else [layer.axis]
         rank = inputs.shape.rank
-        axes = {axis % rank for axis in axes}
+        axes = {axis % rank for axis in given}
         shape = tuple(inputs.shape[i] if i in axes else 1 for i in range(1, rank))
         output = self._normalize(to_float32(inputs))
         copies = []

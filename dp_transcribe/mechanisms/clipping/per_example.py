@@ -175,13 +175,13 @@ def outer(
 
 def add(gradients: Sequence[PerExampleGradient]) -> PerExampleGradient:
     """Returns the sum of several gradients of one variable: it was used repeatedly."""
-    first, *rest = gradients
-    if not rest:
-        return first
-    if all(isinstance(g, Factored) for g in gradients):
-        inputs = tf.concat([g.inputs for g in gradients], axis=1)
-        deltas = tf.concat([g.deltas for g in gradients], axis=1)
-        return outer(inputs, deltas, first.shape)
+    if len(gradients) == 1:
+        return gradients[0]
+    factored = [g for g in gradients if isinstance(g, Factored)]
+    if len(factored) == len(gradients):
+        inputs = tf.concat([g.inputs for g in factored], axis=1)
+        deltas = tf.concat([g.deltas for g in factored], axis=1)
+        return outer(inputs, deltas, factored[0].shape)
     parts = [g.explicit() for g in gradients]
     return Explicit(tf.add_n([p.values for p in parts]), parts[0].shape)
 

@@ -85,7 +85,7 @@ def is_supported(layer: keras.layers.Layer, masked: bool) -> bool:
 
 
 @functools.cache
-def _graph_types() -> tuple[type, type]:
+def _graph_types() -> tuple[type[keras.Model], ...]:
     """Sequential, and the type that `keras.Model(inputs, outputs)` makes."""
     tensor = keras.Input((1,))
     return keras.Sequential, type(keras.Model(tensor, tensor))

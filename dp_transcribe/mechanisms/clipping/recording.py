@@ -122,7 +122,7 @@ class Recorder(keras.layers.Layer):
 class AttentionRecorder(Recorder):
     """Calls MultiHeadAttention, whose arguments Keras wants to see by name."""
 
-    def call(
+    def call(  # type: ignore[override]
         self,
         query: Any,
         value: Any,
