@@ -5,7 +5,7 @@ Both learners run inside `DPTranscriber.train_step`, once per replica.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import tensorflow as tf
@@ -74,10 +74,17 @@ class GradientLearner(Learner):
         self.batch_size = queries.batch_size
         self.pool: PoolStore | None = None
         self.pool_is_empty = True
+        self.sampling_probability = 1.0
         if isinstance(queries, QueryPool):
             shape, classes = owner.teacher.input_shape, owner.teacher.num_classes
             self.pool = PoolStore(queries.size // self.replicas, shape, classes)
+            self.sampling_probability = queries.sampling_probability
             self._fill = tf.function(self._fill_pool)
+
+    @property
+    def mechanism(self) -> GradientMechanism:
+        """The transcriber's mechanism."""
+        return cast(GradientMechanism, self.owner.mechanism)
 
     def renew_pool(self) -> None:
         """Replaces the pool by new queries, on every replica."""
@@ -86,7 +93,8 @@ class GradientLearner(Learner):
 
     def _fill_pool(self) -> None:
         number = self.owner.noise.advance()
-        self.pool.fill(lambda count, chunk: self.ask(count, number, chunk))
+        pool = cast(PoolStore, self.pool)
+        pool.fill(lambda count, chunk: self.ask(count, number, chunk))
 
     def step(self) -> dict[str, Any]:
         """The student updates of one `train_step`.
@@ -104,7 +112,7 @@ class GradientLearner(Learner):
 
     def update(self) -> tuple[tf.Tensor, tf.Tensor]:
         """One noisy update: sample, bound, sum over replicas, noise, descend."""
-        owner, mechanism = self.owner, self.owner.mechanism
+        owner, mechanism = self.owner, self.mechanism
         number = owner.noise.advance()
         release = mechanism.summed(
             owner.student, self._batch(number), self._row_noise(number)
@@ -119,8 +127,7 @@ class GradientLearner(Learner):
     def _batch(self, number: tf.Tensor) -> Batch:
         if self.pool is not None:
             seed = self.owner.noise.stream(number, SAMPLING, part=replica_index())
-            probability = self.owner.queries.sampling_probability
-            return self.pool.sample(probability, seed, self.output_range)
+            return self.pool.sample(self.sampling_probability, seed, self.output_range)
         count = self.batch_size // self.replicas
         codes, answers = self.ask(count, number, 0)
         return Batch(dequantize(codes, self.output_range), answers, tf.ones([count]))
@@ -133,7 +140,7 @@ class GradientLearner(Learner):
     def _noisy(self, tensors: list[tf.Tensor], number: tf.Tensor) -> Release:
         """Adds the one draw that is the same on all replicas."""
         *gradients, statistics = self.owner.noise.normal_like(tensors, number=number)
-        on_gradients, on_statistics = self.owner.mechanism.shared_stddevs
+        on_gradients, on_statistics = self.mechanism.shared_stddevs
         noise = [draw * on_gradients for draw in gradients]
         noise.append(statistics * on_statistics)
         return Release.of([t + n for t, n in zip(tensors, noise, strict=True)])
@@ -147,6 +154,11 @@ class AnswerLearner(Learner):
         self.batch_size = owner.replay_batch_size
         shape, classes = owner.teacher.input_shape, owner.teacher.num_classes
         self.replay = Replay(owner.replay_size // self.replicas, shape, classes)
+
+    @property
+    def mechanism(self) -> AnswerMechanism:
+        """The transcriber's mechanism."""
+        return cast(AnswerMechanism, self.owner.mechanism)
 
     def get_replay(self) -> list[Any]:
         """The replay of all replicas as arrays, for a checkpoint."""
@@ -191,7 +203,7 @@ class AnswerLearner(Learner):
         }
 
     def _release(self, number: tf.Tensor) -> tf.Tensor:
-        owner, mechanism = self.owner, self.owner.mechanism
+        owner, mechanism = self.owner, self.mechanism
         count = owner.queries.batch_size // self.replicas
         codes, answers = self.ask(count, number, 0)
         logits = owner.student(dequantize(codes, self.output_range), training=False)
@@ -218,7 +230,7 @@ class AnswerLearner(Learner):
         queries = dequantize(codes, self.output_range)
         with tf.GradientTape() as tape:
             logits = tf.cast(owner.student(queries, training=True), tf.float32)
-            loss = tf.reduce_mean(owner.mechanism.loss(released, logits))
+            loss = tf.reduce_mean(self.mechanism.loss(released, logits))
         variables = owner.student.trainable_variables
         gradients = tape.gradient(loss, variables)
         scale = 1.0 / self.replicas

@@ -263,7 +263,7 @@ class Replay:
         written.assign_add(count)
 
     def sample(self, count: int, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Draws with replacement: codes `[count, ...]`, answers `[count, 2, classes]`."""
+        """Draws codes `[count, ...]`, answers `[count, 2, classes]`; may repeat."""
         filled = tf.minimum(local_part(self.written).value(), self.size)
         rows = tf.random.stateless_uniform([count], seed, 0, filled, tf.int64)
         codes, released = local_part(self.codes), local_part(self.released)

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import pathlib
-from typing import Any
+from typing import Any, cast
 
 import keras
 import numpy as np
@@ -89,6 +89,8 @@ class DPTranscriber(keras.Model):
     References:
         arXiv:2304.12528 (DPDFD), arXiv:2409.12384, arXiv:2601.19090 (DPSD).
     """
+
+    train_function: Any
 
     def __init__(
         self,
@@ -282,7 +284,7 @@ class DPTranscriber(keras.Model):
         if self.trains_generator:
             for _ in range(self.generator_updates):
                 logs["generator_loss"] = self._update_generator()
-        logs.update(self._learner.step())
+        logs.update(self._make_learner().step())
         for name, value in logs.items():
             self._trackers[name].update_state(value)
         return {name: self._trackers[name].result() for name in logs}
@@ -402,7 +404,7 @@ class DPTranscriber(keras.Model):
                 "`fit`, or give the mechanism its noise."
             )
         self._mechanism = self.mechanism.calibrated(
-            target_epsilon, self.delta, self.queries.schedule
+            target_epsilon, self._delta, self.queries.schedule
         )
         logger.info("Calibrated to epsilon %s: %s", target_epsilon, self.mechanism)
 
@@ -415,10 +417,11 @@ class DPTranscriber(keras.Model):
         self.compute_metrics(None, labels, logits)
         self.reset_metrics()
 
-    def _make_learner(self) -> None:
+    def _make_learner(self) -> GradientLearner | AnswerLearner:
         if self._learner is None:
             with self.distribute_strategy.scope():
                 self._learner = make_learner(self)
+        return self._learner
 
     def _steps(self) -> tf.data.Dataset:
         """An endless run of step numbers, one row per replica."""
@@ -484,28 +487,28 @@ class DPTranscriber(keras.Model):
 
     def _account(self, steps: int) -> None:
         """Records what the next steps spend; renews the pool when it is used up."""
-        self._make_learner()
+        learner = self._make_learner()
         if self._budget is None:
             self._budget = self._releases_within(self._target_epsilon)
         releases = steps * self._releases_per_step
-        if isinstance(self.queries, QueryPool):
-            self._turn_pool(releases, self._budget)
+        if isinstance(learner, GradientLearner) and learner.pool is not None:
+            self._turn_pool(learner, releases)
         self.ledger.record(self._spend(self._pool_number), releases)
         if self._shown_until <= 0:
             self._shown_until = max(self._horizon, releases)
             self._epsilon_shown = self._epsilon_ahead(releases, self._budget)
         self._shown_until -= releases
 
-    def _turn_pool(self, releases: int, budget: int) -> None:
+    def _turn_pool(self, learner: GradientLearner, releases: int) -> None:
         """Counts updates of the pool, renews it, stops where the budget ends."""
+        budget, updates = cast(int, self._budget), cast(QueryPool, self.queries).updates
         used_up = self._pool_updates + releases > budget
-        if self._learner.pool_is_empty or used_up:
+        if learner.pool_is_empty or used_up:
             self._pool_number += 1
             self._pool_updates = 0
-            self._learner.renew_pool()
+            learner.renew_pool()
         self._pool_updates += releases
-        ends = self._pool_updates + releases > budget
-        if ends and budget < self.queries.updates:
+        if self._pool_updates + releases > budget and budget < updates:
             self.stop_training = True
 
     def _spend(self, pool: int) -> Spend:
@@ -623,8 +626,7 @@ class DPTranscriber(keras.Model):
             self.teacher.set_weights(weights)
         replay = _numbered(store, "replay")
         if replay:
-            self._make_learner()
-            self._learner.set_replay(replay)
+            cast(AnswerLearner, self._make_learner()).set_replay(replay)
 
     def _forget_run(self) -> None:
         """Drops pool, budget and traced step: they belong to what was before."""
@@ -684,7 +686,7 @@ def _as_text(values: Any) -> str:
 
 def _numbered(store: Any, prefix: str) -> list[np.ndarray]:
     """The arrays stored as `prefix_0`, `prefix_1` and so on."""
-    found = []
+    found: list[np.ndarray] = []
     while f"{prefix}_{len(found)}" in store.keys():
         found.append(np.asarray(store[f"{prefix}_{len(found)}"]))
     return found

@@ -149,7 +149,8 @@ def test_every_part_of_the_pool_is_filled_and_keeps_queries_with_answers():
     assert np.array_equal(answers[:, 0], np.arange(2 * CHUNK + 123))
     assert np.array_equal(store.codes.numpy()[:, 0], np.arange(2 * CHUNK + 123) % 256)
     batch = store.sample(0.5, tf.constant([1, 2], tf.int64), (0.0, 255.0))
-    assert np.array_equal(batch.queries.numpy()[:, 0], batch.answers.numpy()[:, 0] % 256)
+    queries, answers = batch.queries.numpy(), batch.answers.numpy()
+    assert np.array_equal(queries[:, 0], answers[:, 0] % 256)
 
 
 @pytest.fixture(scope="module")

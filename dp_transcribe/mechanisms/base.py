@@ -163,6 +163,11 @@ class GradientMechanism(Mechanism):
         return self.l2_norm
 
     @property
+    def stddev(self) -> float:
+        """Standard deviation of the noise on every coordinate, σC."""
+        return gaussian_stddev(self.noise_multiplier, self.sensitivity)
+
+    @property
     def is_calibrated(self) -> bool:
         """Whether `noise_multiplier` is fixed."""
         return self.noise_multiplier is not None
@@ -321,13 +326,24 @@ class AnswerMechanism(Mechanism):
 def gaussian_event(noise_multiplier: float | None) -> Event:
     """Cost of a Gaussian release; without noise, of a release without privacy."""
     if noise_multiplier is None:
-        raise ValueError(
-            "The noise multiplier is not known yet. Pass `noise_multiplier`, or "
-            "`target_epsilon` to `fit`, which computes it."
-        )
+        raise _unknown_noise()
     if noise_multiplier == 0:
         return dp_accounting.NonPrivateDpEvent()
     return dp_accounting.GaussianDpEvent(noise_multiplier)
+
+
+def gaussian_stddev(noise_multiplier: float | None, sensitivity: float) -> float:
+    """Standard deviation of the noise; an unknown one is an error, never zero."""
+    if noise_multiplier is None:
+        raise _unknown_noise()
+    return noise_multiplier * sensitivity
+
+
+def _unknown_noise() -> ValueError:
+    return ValueError(
+        "The noise multiplier is not known yet. Pass `noise_multiplier`, or "
+        "`target_epsilon` to `fit`, which computes it."
+    )
 
 
 def calibrated_gaussian(

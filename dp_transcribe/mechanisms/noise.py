@@ -113,7 +113,7 @@ class NoiseSource(keras.layers.Layer):
 def _key_words(seed: int | None) -> list[int]:
     """Two words of 63 bits: secret without a seed, spread from it otherwise."""
     if seed is None:
-        raw = np.frombuffer(os.urandom(16), np.uint64)
+        words = np.frombuffer(os.urandom(16), np.uint64).tolist()
     else:
-        raw = np.random.SeedSequence(seed).generate_state(2, np.uint64)
-    return [int(word) & _WORD for word in raw]
+        words = np.random.SeedSequence(seed).generate_state(2, np.uint64).tolist()
+    return [word & _WORD for word in words]

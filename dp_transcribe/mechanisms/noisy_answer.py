@@ -14,6 +14,7 @@ from dp_transcribe.mechanisms.base import (
     Released,
     calibrated_gaussian,
     gaussian_event,
+    gaussian_stddev,
 )
 from dp_transcribe.mechanisms.candidates import top_candidates
 from dp_transcribe.mechanisms.output_gradient import normalized_rows
@@ -102,7 +103,7 @@ class NoisyAnswer(AnswerMechanism):
 
     @property
     def _stddev(self) -> float:
-        return (self.noise_multiplier or 0.0) * self.sensitivity
+        return gaussian_stddev(self.noise_multiplier, self.sensitivity)
 
 
 # Below this noise the likelihood is taken as if it were noisier: an answer that is

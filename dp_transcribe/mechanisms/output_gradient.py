@@ -55,7 +55,7 @@ class NormalizedOutputGradient(GradientMechanism):
     @property
     def shared_stddevs(self) -> tuple[float, float]:
         """None on the gradients, whose rows are noised; σC on the statistics."""
-        return 0.0, (self.noise_multiplier or 0.0) * self.sensitivity
+        return 0.0, self.stddev
 
     def summed(self, student: keras.Model, batch: Batch, noise: Noise) -> Release:
         """Chain rule from the noisy rows to the student's weights."""
@@ -74,8 +74,7 @@ class NormalizedOutputGradient(GradientMechanism):
     ) -> tf.Tensor:
         keep = top_candidates(logits, self.top_k)
         bounded = normalized_rows(rows * keep) * self.gradient_norm
-        stddev = (self.noise_multiplier or 0.0) * self.sensitivity
-        return bounded + noise(tf.shape(rows)) * stddev * keep
+        return bounded + noise(tf.shape(rows)) * self.stddev * keep
 
 
 def normalized_rows(rows: tf.Tensor) -> tf.Tensor:

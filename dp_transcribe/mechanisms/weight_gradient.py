@@ -47,8 +47,7 @@ class ClippedGradient(GradientMechanism):
     @property
     def shared_stddevs(self) -> tuple[float, float]:
         """σC on every coordinate of the joint release."""
-        stddev = (self.noise_multiplier or 0.0) * self.sensitivity
-        return stddev, stddev
+        return self.stddev, self.stddev
 
     def summed(self, student: keras.Model, batch: Batch, noise: Noise) -> Release:
         """Sum of the bounded weight gradients and statistics of the rows."""

@@ -24,8 +24,10 @@ MECHANISMS = [
     NormalizedGradient(l2_norm=BOUND, monitor_share=0.5),
     ClippedGradient(l2_norm=BOUND),
     ClippedGradient(l2_norm=BOUND, microbatches=3, monitor_share=0.9),
-    NormalizedOutputGradient(l2_norm=BOUND),
-    NormalizedOutputGradient(l2_norm=BOUND, top_k=3, monitor_share=0.3),
+    NormalizedOutputGradient(noise_multiplier=1.0, l2_norm=BOUND),
+    NormalizedOutputGradient(
+        noise_multiplier=1.0, l2_norm=BOUND, top_k=3, monitor_share=0.3
+    ),
 ]
 
 
@@ -212,7 +214,7 @@ def test_output_gradient_touches_only_the_students_top_classes():
 
 
 def test_candidates_of_the_output_gradient_do_not_depend_on_the_answers():
-    mechanism = NormalizedOutputGradient(top_k=3)
+    mechanism = NormalizedOutputGradient(noise_multiplier=1.0, top_k=3)
     student = tiny.linear_model(0, 0.3)
     support = [
         mechanism.summed(student, pixel_batch(sharp_answers(s)), no_noise)
@@ -279,6 +281,15 @@ def test_noise_and_event_come_from_the_same_number(kind):
     assert mechanism.shared_stddevs[1] == 3.0 * mechanism.sensitivity == 1.5
     with pytest.raises(AttributeError):
         mechanism.noise_multiplier = 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_that_is_not_known_yet_is_an_error_and_never_zero(kind):
+    mechanism = kind()
+    assert not mechanism.is_calibrated
+    for use in (lambda: mechanism.event(), lambda: mechanism.shared_stddevs):
+        with pytest.raises(ValueError, match="not known yet"):
+            use()
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS, ids=repr)

@@ -136,6 +136,8 @@ def test_event_and_calibration():
     assert 4.0 < mechanism.event().noise_multiplier < 4.1
     with pytest.raises(ValueError, match="not known yet"):
         NoisyAnswer().event()
+    with pytest.raises(ValueError, match="not known yet"):
+        released(NoisyAnswer(), random_rows(2))
 
 
 @pytest.mark.parametrize(

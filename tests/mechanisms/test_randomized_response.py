@@ -74,7 +74,9 @@ def test_probabilities_are_exact_when_the_truth_is_a_candidate(
         assert p_value(counts, exact(wrong, label, members)) < 1e-6
 
 
-@pytest.mark.parametrize("answer", [one_hot(0), NAN, one_hot(2) * np.inf])
+@pytest.mark.parametrize(
+    "answer", [one_hot(0), NAN, np.full(CLASSES, np.inf, np.float32)]
+)
 def test_truth_outside_of_the_candidates_or_broken_gives_a_uniform_answer(answer):
     mechanism = SelectiveRandomizedResponse(epsilon=EPSILON, top_k=3)
     counts = frequencies(mechanism, answer)
@@ -151,12 +153,12 @@ def test_likelihood_on_the_exact_channel_is_best_at_the_truth(mechanism):
     outputs = Released(tf.eye(CLASSES), mechanism.candidates(prior))
     weights = tf.constant(channel(mechanism, PRIOR)[truth], tf.float32)
     logits = tf.Variable(tf.zeros([CLASSES]))
-    for _ in range(300):
+    for _ in range(60):
         with tf.GradientTape() as tape:
             row = tf.broadcast_to(logits, (CLASSES, CLASSES))
             losses = mechanism.loss(outputs, row)
             expected = tf.reduce_sum(tf.where(weights > 0, weights * losses, 0.0))
-        logits.assign_sub(3.0 * tape.gradient(expected, logits))
+        logits.assign_sub(10.0 * tape.gradient(expected, logits))
     assert float(tf.nn.softmax(logits)[truth]) > 0.95
 
 

@@ -1,0 +1,220 @@
+"""On 1, 2 and 4 replicas: one sum, one draw of noise, different queries."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+pytestmark = pytest.mark.slow
+
+# Logical devices must be set before TensorFlow starts, hence a process of its own.
+PROGRAM = """
+import json, sys
+import numpy as np
+import tensorflow as tf
+
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(
+    cpu, [tf.config.LogicalDeviceConfiguration()] * 4
+)
+
+import keras
+from dp_transcribe import mechanisms as m
+from dp_transcribe.generators import MLPGenerator
+from dp_transcribe.queries import FreshQueries, QueryPool
+from tests import tiny
+
+keras.utils.set_random_seed(0)
+results = {}
+
+
+def build(mechanism, strategy, **kwargs):
+    with strategy.scope():
+        kwargs.setdefault("generator", tiny.UniformPixels(tiny.IMAGE))
+        return tiny.transcriber(mechanism, eager=False, **kwargs)
+
+
+def mirrored(replicas):
+    if replicas == 1:
+        return tf.distribute.get_strategy()
+    devices = [f"CPU:{i}" for i in range(replicas)]
+    # Collectives of two sizes in one process disturb each other.
+    one_device = tf.distribute.ReductionToOneDevice() if replicas == 4 else None
+    return tf.distribute.MirroredStrategy(devices, one_device)
+
+
+def parts(variable):
+    return [np.asarray(v) for v in two_.experimental_local_results(variable)]
+
+
+def summary(model, history):
+    student = [parts(v.value) for v in model.student.variables]
+    return {
+        "equal": all(np.array_equal(*p) for p in student),
+        "finite": all(np.all(np.isfinite(p)) for p in student),
+        "moved": float(np.abs(student[0][0] - start).max()),
+        "counter": [int(p) for p in parts(model.noise.counter.value)],
+        "releases": sum(e.count for e in model.ledger.entries),
+        "epsilon": history["epsilon"][-1],
+        "history": {k: [float(x) for x in v] for k, v in history.items()},
+    }
+
+
+def movement(replicas, mechanism, **kwargs):
+    model = build(mechanism, mirrored(replicas), **kwargs)
+    before = model.student.get_weights()[0]
+    model.fit(epochs=1, steps_per_epoch=1, verbose=0)
+    return (model.student.get_weights()[0] - before).ravel().tolist()
+
+
+start = tiny.linear_model(0, 0.1).get_weights()[0]
+two_ = mirrored(2)
+LEARNERS = {
+    "pool": (
+        m.ClippedGradient(noise_multiplier=2.0),
+        QueryPool(size=64, batch_size=16, updates=4),
+    ),
+    "output": (m.NormalizedOutputGradient(noise_multiplier=2.0), None),
+    "answer": (m.NoisyAnswer(noise_multiplier=2.0), None),
+}
+for name, (mechanism, queries) in LEARNERS.items():
+    model = build(mechanism, two_, queries=queries)
+    history = model.fit(epochs=1, steps_per_epoch=3, verbose=0).history
+    results[name] = summary(model, history)
+    if name == "pool":
+        codes = parts(model._learner.pool.codes)
+        answers = parts(model._learner.pool.answers)
+    if name == "answer":
+        replay = [parts(v) for v in model._learner.replay.variables()]
+        codes = replay[0]
+        results[name]["written"] = [int(w) for w in replay[2]]
+        model.save_checkpoint(sys.argv[1] + "/m.keras")
+        with two_.scope():
+            loaded = keras.saving.load_model(sys.argv[1] + "/m.keras")
+        results[name]["loaded"] = all(
+            np.array_equal(a, b)
+            for a, b in zip(
+                loaded._learner.get_replay(), model._learner.get_replay(), strict=True
+            )
+        )
+    if name in ("pool", "answer"):
+        rows = [tuple(r.ravel()) for c in codes for r in c if r.any()]
+        results[name]["rows"], results[name]["distinct"] = len(rows), len(set(rows))
+
+with two_.scope():
+    generator = MLPGenerator(tiny.IMAGE, latent_dim=4, units=(8,))
+model = build(
+    m.NormalizedGradient(noise_multiplier=2.0),
+    two_,
+    generator=generator,
+    generator_batch_size=8,
+)
+history = model.fit(epochs=1, steps_per_epoch=3, verbose=0).history
+results["generator"] = summary(model, history)
+results["generator"]["generators_equal"] = all(
+    np.array_equal(*parts(v.value)) for v in model.generator.variables
+)
+
+# The noise alone: no answer contributes.
+for name, kind in [
+    ("shared", m.ClippedGradient), ("rows", m.NormalizedOutputGradient)
+]:
+    for replicas in (1, 2, 4):
+        results[f"noise of {name} {replicas}"] = movement(
+            replicas,
+            kind(noise_multiplier=2.0),
+            teacher=tiny.silent_teacher(),
+            generator=tiny.SinglePixels(tiny.IMAGE),
+            queries=FreshQueries(batch_size=256),
+        )
+
+# The signal alone: `SinglePixels` gives every replica the same images again.
+for replicas in (1, 2, 4):
+    results[f"signal {replicas}"] = movement(
+        replicas,
+        m.ClippedGradient(noise_multiplier=0.0, l2_norm=1e6),
+        generator=tiny.SinglePixels(tiny.IMAGE),
+        queries=FreshQueries(batch_size=256),
+    )
+
+try:
+    build(m.NormalizedGradient(), two_, queries=FreshQueries(batch_size=15))
+except ValueError as error:
+    results["odd"] = str(error)
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    root = Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path_factory.mktemp("replicas"))],
+        env=environment,
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("learner", ["pool", "output", "answer", "generator"])
+def test_replicas_hold_one_student_and_one_counter(results, learner):
+    found = results[learner]
+    assert found["equal"] and found["finite"] and found["moved"] > 1e-3
+    assert len(set(found["counter"])) == 1
+    assert found["releases"] == 3
+    assert 0 < found["epsilon"] < 3
+    assert set(found["history"]) >= {"agreement", "student_loss", "epsilon"}
+
+
+def test_replicas_hold_one_generator(results):
+    assert results["generator"]["generators_equal"]
+
+
+@pytest.mark.parametrize(("learner", "rows"), [("pool", 64), ("answer", 48)])
+def test_replicas_ask_different_queries(results, learner, rows):
+    assert results[learner]["rows"] == results[learner]["distinct"] == rows
+
+
+def test_every_replica_keeps_a_replay_and_all_are_saved(results):
+    assert results["answer"]["written"] == [24, 24]
+    assert results["answer"]["loaded"]
+
+
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_the_signal_does_not_depend_on_the_number_of_replicas(results, replicas):
+    np.testing.assert_allclose(
+        results[f"signal {replicas}"], results["signal 1"], atol=1e-6
+    )
+    assert np.abs(results["signal 1"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_the_noise_of_the_sum_is_one_draw_on_all_replicas(results, replicas):
+    """Drawn on each and summed, it would be larger by the root of their number."""
+    np.testing.assert_allclose(
+        results[f"noise of shared {replicas}"],
+        results["noise of shared 1"],
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+def test_noise_has_one_deviation_on_any_number_of_replicas(results, replicas):
+    """Each of 64 pixels gets one shared draw, or the rows of four answers."""
+    for name, deviation in (("shared", 2.0 / 256), ("rows", 2 * 2.0 / 256)):
+        sample = np.array(results[f"noise of {name} {replicas}"]) / deviation
+        assert stats.kstest(sample, "norm").pvalue > 1e-3
+        assert 0.9 < sample.std() < 1.1
+
+
+def test_a_batch_that_does_not_divide_is_refused(results):
+    assert "multiple of the 2 replicas" in results["odd"]
