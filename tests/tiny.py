@@ -10,7 +10,8 @@ import tensorflow as tf
 
 from dp_transcribe import mechanisms
 from dp_transcribe.generators.base import ProceduralGenerator
-from dp_transcribe.queries import FreshQueries
+from dp_transcribe.privacy.units import Unit
+from dp_transcribe.queries import FreshQueries, QueryPool
 from dp_transcribe.teachers import Teacher
 from dp_transcribe.transcriber import DPTranscriber
 
@@ -18,6 +19,7 @@ IMAGE = (8, 8, 1)
 PIXELS = 64
 CLASSES = 10
 DELTA = 1e-5
+POOL = QueryPool(size=64, batch_size=8, updates=10)
 
 
 @keras.saving.register_keras_serializable("tests")
@@ -112,3 +114,29 @@ def transcriber(
 def flat_weights(model):
     """All weights of a model in one vector."""
     return np.concatenate([np.ravel(w) for w in model.get_weights()])
+
+
+def epsilon(model, delta=DELTA):
+    return model.ledger.epsilon(unit=Unit.RESPONSE, delta=delta)
+
+
+def releases(model):
+    return sum(entry.count for entry in model.ledger.entries)
+
+
+def fit(model, steps=1, *, epochs=1, **kwargs):
+    return model.fit(epochs=epochs, steps_per_epoch=steps, verbose=0, **kwargs)
+
+
+class Watch(keras.callbacks.Callback):
+    """Epsilon that is shown beside the ledger's, after every batch and epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches, self.epochs = [], []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.batches.append((logs["epsilon"], epsilon(self.model)))
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.epochs.append((logs["epsilon"], epsilon(self.model)))

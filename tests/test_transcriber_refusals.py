@@ -1,0 +1,286 @@
+"""What cannot be kept private is refused before anything is spent."""
+
+import keras
+import numpy as np
+import pytest
+
+import dp_transcribe as dpt
+from dp_transcribe.generators import MLPGenerator
+from dp_transcribe.mechanisms import (
+    NoisyAnswer,
+    NormalizedGradient,
+    NormalizedOutputGradient,
+    RandomizedResponse,
+    SelectiveRandomizedResponse,
+)
+from dp_transcribe.privacy.units import Unit
+from dp_transcribe.queries import FreshQueries, QueryPool
+from tests import tiny
+from tests.tiny import POOL, Watch, epsilon, fit, releases
+
+
+def assert_untouched(model, weights):
+    assert len(model.ledger) == 0
+    assert int(model.noise.counter.numpy()) == 0
+    assert np.array_equal(tiny.flat_weights(model.student), weights)
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "queries"),
+    [
+        (NormalizedGradient(noise_multiplier=1.0), None),
+        (NormalizedGradient(noise_multiplier=0.0), None),
+        (NormalizedGradient(noise_multiplier=0.3), POOL),
+        (NormalizedOutputGradient(noise_multiplier=1.0), None),
+        (NoisyAnswer(noise_multiplier=1.0), None),
+        (RandomizedResponse(epsilon=1.01), None),
+        (SelectiveRandomizedResponse(epsilon=3.0), None),
+    ],
+)
+def test_too_little_noise_is_refused_before_the_first_step(mechanism, queries):
+    model = tiny.transcriber(mechanism, queries=queries)
+    weights = tiny.flat_weights(model.student)
+    with pytest.raises(dpt.BudgetExceededError, match="target_epsilon"):
+        fit(model, target_epsilon=1.0)
+    assert_untouched(model, weights)
+
+
+def budget_model(**kwargs):
+    """Noise for about half of what a pool is meant to serve."""
+    return tiny.transcriber(
+        NormalizedGradient(noise_multiplier=1.0),
+        queries=QueryPool(size=64, batch_size=8, updates=40),
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize("student_updates", [1, 3])
+def test_training_stops_at_the_last_step_inside_the_budget(student_updates):
+    model = budget_model(student_updates=student_updates)
+    target, watch = 4.0, Watch()
+    fit(model, 5, epochs=10, target_epsilon=target, callbacks=[watch])
+    spend = model.ledger.entries[-1].spend
+    assert epsilon(model) <= target
+    assert (
+        model.ledger.epsilon_after(
+            spend, student_updates, unit=Unit.RESPONSE, delta=tiny.DELTA
+        )
+        > target
+    )
+    assert 0 < len(watch.batches) < 40
+    assert all(shown <= target for shown, _ in watch.batches)
+    assert all(shown >= spent for shown, spent in watch.batches)
+
+
+def test_another_fit_after_the_budget_is_used_does_not_pass_the_target():
+    model = budget_model()
+    for _ in range(4):
+        fit(model, 5, epochs=10, target_epsilon=4.0)
+        assert epsilon(model) <= 4.0
+    fit(model, 2, target_epsilon=4.0)
+    assert epsilon(model) <= 4.0
+
+
+def test_single_batches_outside_of_fit_do_not_pass_the_target_either():
+    model = budget_model()
+    fit(model, 5, epochs=10, target_epsilon=4.0)
+    for _ in range(3):
+        model.train_on_batch(np.zeros((1,)))
+    assert epsilon(model) <= 4.0
+
+
+@pytest.mark.parametrize(
+    ("student_updates", "per_execution"), [(11, 1), (1, 11), (4, 3)]
+)
+def test_more_releases_at_once_than_a_pool_serves_are_refused(
+    student_updates, per_execution
+):
+    model = tiny.transcriber(
+        NormalizedGradient(),
+        queries=POOL,
+        student_updates=student_updates,
+        compile_arguments={"steps_per_execution": per_execution},
+    )
+    weights = tiny.flat_weights(model.student)
+    with pytest.raises(ValueError, match="updates"):
+        fit(model, 12, target_epsilon=1.0)
+    assert_untouched(model, weights)
+
+
+def test_a_lower_target_than_what_is_spent_is_refused():
+    model = tiny.transcriber(NormalizedGradient())
+    fit(model, target_epsilon=2.0)
+    count = releases(model)
+    with pytest.raises(dpt.BudgetExceededError, match="spent"):
+        fit(model, target_epsilon=1.0)
+    with pytest.raises(dpt.BudgetExceededError):
+        fit(model, target_epsilon=2.0, delta=1e-8)
+    assert releases(model) == count
+    fit(model, target_epsilon=2.0)
+
+
+@pytest.mark.parametrize("target", [0, -1.0, np.nan, np.inf, "1"])
+def test_a_target_that_is_no_epsilon_is_refused(target):
+    model = tiny.transcriber(NormalizedGradient())
+    with pytest.raises(ValueError, match="`target_epsilon`"):
+        fit(model, target_epsilon=target)
+    assert_untouched(model, tiny.flat_weights(tiny.linear_model(0, 0.1)))
+
+
+@pytest.mark.parametrize("delta", [0, 1, 2.0, -1e-5, np.nan])
+def test_a_delta_outside_of_zero_to_one_is_refused(delta):
+    model = tiny.transcriber(NormalizedGradient())
+    with pytest.raises(ValueError, match="`delta`"):
+        fit(model, target_epsilon=1.0, delta=delta)
+    assert_untouched(model, tiny.flat_weights(tiny.linear_model(0, 0.1)))
+
+
+@pytest.mark.parametrize("name", ["epochs", "steps_per_epoch"])
+@pytest.mark.parametrize("value", [0, -1, 1.5])
+def test_counts_of_fit_are_checked(name, value):
+    model = tiny.transcriber(NormalizedGradient())
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        model.fit(**{name: value}, target_epsilon=1.0)
+
+
+def test_no_noise_and_no_target_is_refused():
+    model = tiny.transcriber(NormalizedGradient())
+    with pytest.raises(ValueError, match="target_epsilon"):
+        fit(model)
+    assert len(model.ledger) == 0
+
+
+def test_fit_before_compile_is_refused():
+    model = tiny.transcriber(NormalizedGradient(), compiled=False)
+    with pytest.raises(ValueError, match="compile"):
+        fit(model, target_epsilon=1.0)
+    assert len(model.ledger) == 0
+
+
+def batch_norm_student():
+    return keras.Sequential(
+        [
+            keras.layers.Input(tiny.IMAGE),
+            keras.layers.Conv2D(4, 3),
+            keras.layers.BatchNormalization(name="the_culprit"),
+            keras.layers.Flatten(),
+            keras.layers.Dense(tiny.CLASSES),
+        ]
+    )
+
+
+def half_student():
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            layers.Input(tiny.IMAGE),
+            layers.Flatten(),
+            layers.Dense(tiny.CLASSES, dtype="mixed_float16"),
+        ]
+    )
+
+
+def regularized_student():
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            layers.Input(tiny.IMAGE),
+            layers.Flatten(),
+            layers.Dense(tiny.CLASSES, kernel_regularizer="l2"),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        (batch_norm_student, "the_culprit"),
+        (half_student, "float16"),
+        (regularized_student, "regular"),
+        (lambda: tiny.linear_model(classes=7), "10 logits"),
+        (lambda: dpt.students.mlp_student((9, 9, 1), 10), "input shape"),
+    ],
+)
+@pytest.mark.parametrize("mechanism", [NormalizedGradient(), NoisyAnswer()])
+def test_students_that_cannot_be_protected_are_refused(student, message, mechanism):
+    with pytest.raises(ValueError, match=message):
+        tiny.transcriber(mechanism, student=student())
+
+
+def test_a_student_that_shares_weights_with_the_teacher_is_refused():
+    shared = tiny.linear_model(5)
+    with pytest.raises(ValueError, match="shares no weights"):
+        tiny.transcriber(teacher=dpt.Teacher(shared), student=shared)
+
+
+def test_a_float16_policy_is_refused():
+    student = tiny.linear_model(0, 0.1)
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        with pytest.raises(ValueError, match="float16"):
+            tiny.transcriber(student=student)
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mechanism": NormalizedOutputGradient(), "queries": POOL}, "FreshQueries"),
+        ({"mechanism": NoisyAnswer(), "queries": POOL}, "FreshQueries"),
+        ({"mechanism": RandomizedResponse(), "queries": POOL}, "FreshQueries"),
+        ({"mechanism": SelectiveRandomizedResponse(top_k=11)}, "top_k"),
+        ({"mechanism": NoisyAnswer(top_k=11)}, "top_k"),
+        ({"mechanism": NormalizedOutputGradient(top_k=11)}, "top_k"),
+        ({"mechanism": "gaussian"}, "mechanism"),
+        ({"queries": 64}, "queries"),
+        ({"generator": tiny.UniformPixels((9, 9, 1))}, "image_shape"),
+        (
+            {"generator": tiny.UniformPixels(tiny.IMAGE, output_range=(-1, 1))},
+            "output_range",
+        ),
+        ({"public_prior": tiny.UniformPixels((9, 9, 1))}, "public_prior"),
+        ({"generator": MLPGenerator(tiny.IMAGE, num_classes=7)}, "classes"),
+        ({"student_updates": 0}, "student_updates"),
+        ({"generator_updates": -1}, "generator_updates"),
+        ({"generator_batch_size": 0}, "generator_batch_size"),
+        ({"replay_size": 0}, "replay_size"),
+        ({"replay_batch_size": 0}, "replay_batch_size"),
+        ({"public_share": 1.1}, "public_share"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.transcriber(**arguments)
+
+
+@pytest.mark.parametrize("objective", ["adversarial", "batch_norm_statistics"])
+def test_an_objective_the_student_cannot_serve_is_refused_before_any_spending(
+    objective,
+):
+    with pytest.raises(ValueError, match=objective):
+        model = tiny.transcriber(
+            generator=MLPGenerator(tiny.IMAGE, latent_dim=4, units=(8,)),
+            objective=dpt.GeneratorObjective(**{objective: 1.0}),
+        )
+        try:
+            fit(model)
+        finally:
+            assert len(model.ledger) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("mechanism", NormalizedGradient(noise_multiplier=100.0)),
+        ("queries", FreshQueries(batch_size=999)),
+        ("student_updates", 1),
+    ],
+)
+def test_what_the_accounting_reads_cannot_be_changed_under_a_traced_step(name, value):
+    """The step has the old noise and number of updates built in."""
+    model = tiny.transcriber(student_updates=2, eager=False)
+    fit(model)
+    with pytest.raises(AttributeError):
+        setattr(model, name, value)

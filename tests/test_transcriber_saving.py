@@ -1,0 +1,213 @@
+"""A transcription that is kept goes on as if it had never stopped."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+
+import dp_transcribe as dpt
+from dp_transcribe.generators import MLPGenerator
+from dp_transcribe.mechanisms import (
+    ClippedGradient,
+    NoisyAnswer,
+    NormalizedGradient,
+    SelectiveRandomizedResponse,
+)
+from dp_transcribe.queries import FreshQueries
+from tests import tiny
+from tests.tiny import POOL, fit, releases
+
+LEARNERS = [
+    pytest.param(NormalizedGradient(noise_multiplier=2.0), None, id="gradient"),
+    pytest.param(NoisyAnswer(noise_multiplier=2.0), None, id="answer"),
+    pytest.param(SelectiveRandomizedResponse(epsilon=1.0), None, id="response"),
+]
+
+
+def adam_model(mechanism, queries=None, **kwargs):
+    keras.utils.set_random_seed(0)
+    return tiny.transcriber(
+        mechanism,
+        queries=queries,
+        optimizer=keras.optimizers.Adam(0.01),
+        generator=MLPGenerator(tiny.IMAGE, latent_dim=4, units=(8,)),
+        generator_batch_size=8,
+        **kwargs,
+    )
+
+
+def assert_same(one, other):
+    for part in ("student", "generator"):
+        np.testing.assert_allclose(
+            tiny.flat_weights(getattr(one, part)),
+            tiny.flat_weights(getattr(other, part)),
+            atol=1e-6,
+        )
+    for name in ("optimizer", "generator_optimizer"):
+        pairs = zip(
+            getattr(one, name).variables, getattr(other, name).variables, strict=True
+        )
+        for a, b in pairs:
+            np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-6)
+    assert one.ledger == other.ledger
+    assert int(one.noise.counter.numpy()) == int(other.noise.counter.numpy())
+    assert np.array_equal(one.noise.key.numpy(), other.noise.key.numpy())
+    assert one.mechanism == other.mechanism and one.queries == other.queries
+
+
+@pytest.mark.parametrize(("mechanism", "queries"), LEARNERS)
+@pytest.mark.parametrize("done", [1, 2])
+def test_resuming_equals_the_uninterrupted_run(mechanism, queries, done, tmp_path):
+    whole = adam_model(mechanism, queries)
+    fit(whole, 3)
+    part = adam_model(mechanism, queries)
+    fit(part, done)
+    part.save_checkpoint(tmp_path / "part.keras")
+    resumed = keras.saving.load_model(tmp_path / "part.keras")
+    assert_same(resumed, part)
+    fit(resumed, 3 - done)
+    assert_same(resumed, whole)
+    if not isinstance(mechanism, NormalizedGradient):
+        replays = [m._learner.get_replay() for m in (resumed, whole)]
+        for a, b in zip(*replays, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_checkpoint_holds_the_calibrated_noise_and_the_delta(tmp_path):
+    model = adam_model(NormalizedGradient())
+    fit(model, 2, target_epsilon=1.0, delta=1e-6)
+    model.save_checkpoint(tmp_path / "m.keras")
+    loaded = keras.saving.load_model(tmp_path / "m.keras")
+    assert loaded.mechanism == model.mechanism and loaded.mechanism.is_calibrated
+    assert loaded.privacy_statement() == model.privacy_statement()
+    images = np.random.default_rng(0).random((5, *tiny.IMAGE)).astype(np.float32)
+    np.testing.assert_allclose(
+        loaded.predict(images, verbose=0), model.predict(images, verbose=0), atol=1e-6
+    )
+    fit(loaded, 1, target_epsilon=1.0, delta=1e-6)
+    with pytest.raises(dpt.BudgetExceededError):
+        fit(loaded, 1, target_epsilon=0.9, delta=1e-6)
+
+
+@pytest.mark.parametrize(("mechanism", "queries"), LEARNERS[:2])
+def test_weights_files_hold_the_whole_state_too(mechanism, queries, tmp_path):
+    whole, part = adam_model(mechanism, queries), adam_model(mechanism, queries)
+    fit(whole, 3)
+    fit(part, 2)
+    part.save_weights(tmp_path / "part.weights.h5")
+    resumed = adam_model(mechanism, queries, seed=9)
+    resumed.load_weights(tmp_path / "part.weights.h5")
+    assert_same(resumed, part)
+    fit(resumed, 1)
+    assert_same(resumed, whole)
+    assert resumed.privacy_statement().noise_seed == 1
+
+
+def test_without_a_seed_the_key_is_kept_and_the_counter_goes_on(tmp_path):
+    model = tiny.transcriber(seed=None)
+    fit(model, 3)
+    model.save_checkpoint(tmp_path / "m.keras")
+    loaded = keras.saving.load_model(tmp_path / "m.keras")
+    assert int(loaded.noise.counter.numpy()) == 3
+    fit(loaded)
+    assert int(loaded.noise.counter.numpy()) == 4
+    assert loaded.privacy_statement().noise_seed is None
+
+
+def test_a_new_pool_begins_after_resuming_and_the_ledger_only_grows(tmp_path):
+    model = adam_model(NormalizedGradient(noise_multiplier=2.0), POOL)
+    fit(model, 4)
+    model.save_checkpoint(tmp_path / "m.keras")
+    loaded = keras.saving.load_model(tmp_path / "m.keras")
+    assert loaded.ledger == model.ledger
+    fit(loaded, 3)
+    groups = {e.spend.group: e.count for e in loaded.ledger.entries}
+    assert groups == {"pool 1": 4, "pool 2": 3}
+    assert releases(loaded) > releases(model)
+
+
+def test_raw_answers_are_in_no_checkpoint(tmp_path):
+    model = adam_model(NormalizedGradient(noise_multiplier=2.0), POOL)
+    fit(model, 2)
+    path = tmp_path / "m.weights.h5"
+    model.save_weights(path)
+    raw = model._learner.pool.answers.numpy()[:3].tobytes()
+    content = path.read_bytes()
+    assert raw[:40] not in content
+    assert model.student.get_weights()[0].tobytes()[:40] in content
+
+
+def test_loading_into_a_used_model_takes_the_loaded_noise_and_a_new_pool(tmp_path):
+    """The traced step must not go on with the noise it was traced with."""
+    strong = tiny.transcriber(
+        ClippedGradient(noise_multiplier=500.0), queries=POOL, eager=False
+    )
+    fit(strong, 2)
+    strong.save_weights(tmp_path / "strong.weights.h5")
+    used = tiny.transcriber(
+        ClippedGradient(noise_multiplier=1e-3), queries=POOL, eager=False
+    )
+    fit(used, 4)
+    used.load_weights(tmp_path / "strong.weights.h5")
+    assert used.mechanism.noise_multiplier == 500.0
+    before = tiny.flat_weights(used.student)
+    fit(used, 1)
+    moved = np.std(tiny.flat_weights(used.student) - before)
+    assert 0.8 < moved / (500.0 / POOL.batch_size) < 1.2
+    groups = {e.spend.group: e.count for e in used.ledger.entries}
+    assert groups == {"pool 1": 2, "pool 2": 1}
+
+
+def test_backup_and_restore_resumes_and_keeps_the_ledger(tmp_path):
+    class PowerCut(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                raise RuntimeError("power cut")
+
+    def backup():
+        return keras.callbacks.BackupAndRestore(tmp_path / "backup")
+
+    whole, cut = adam_model(LEARNERS[0].values[0]), adam_model(LEARNERS[0].values[0])
+    fit(whole, 2, epochs=3)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(cut, 2, epochs=3, callbacks=[backup(), PowerCut()])
+    resumed = adam_model(LEARNERS[0].values[0])
+    fit(resumed, 2, epochs=3, callbacks=[backup()])
+    assert_same(resumed, whole)
+
+
+def test_a_save_that_is_cut_short_leaves_the_old_file(tmp_path, monkeypatch):
+    model, path = tiny.transcriber(), tmp_path / "m.keras"
+    fit(model)
+    model.save_checkpoint(path)
+    old = path.read_bytes()
+
+    def crash(self, filepath, **_):
+        filepath.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(model), "save", crash)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_checkpoint(path)
+    assert path.read_bytes() == old
+    monkeypatch.undo()
+    fit(model)
+    model.save_checkpoint(path)
+    assert keras.saving.load_model(path).ledger == model.ledger
+    assert [p.name for p in tmp_path.iterdir()] == ["m.keras"]
+
+
+def test_config_round_trip():
+    model = adam_model(
+        SelectiveRandomizedResponse(epsilon=1.0, top_k=3),
+        FreshQueries(batch_size=8),
+        public_prior=tiny.UniformPixels(tiny.IMAGE),
+        public_share=0.5,
+    )
+    copy = type(model).from_config(model.get_config())
+    assert copy.mechanism == model.mechanism and copy.queries == model.queries
+    assert copy.public_share == 0.5 and copy.seed == 1
+    assert isinstance(copy.public_prior, tiny.UniformPixels)
+    assert copy.objective == model.objective
+    json.dumps(keras.saving.serialize_keras_object(model))
