@@ -1,25 +1,35 @@
 """Private data distillation: a few synthetic examples that stand for a data set."""
 
 from dp_transcribe.distillation.dataset import DistilledDataset, balanced_labels
+from dp_transcribe.distillation.distill import Distillation, distill
 from dp_transcribe.distillation.kernels import (
     Kernel,
     NTKKernel,
     RBFKernel,
     ScatteringKernel,
+    embed_in_batches,
 )
 from dp_transcribe.distillation.linear import LinearTraining, PrivateLinearModel
 from dp_transcribe.distillation.ridge import KernelRidgeClassifier
 from dp_transcribe.distillation.scattering import Scattering
+from dp_transcribe.distillation.synthesis import Synthesis, synthesize
+from dp_transcribe.distillation.whitening import PublicWhitening
 
 __all__ = [
+    "Distillation",
     "DistilledDataset",
     "Kernel",
     "KernelRidgeClassifier",
     "LinearTraining",
     "NTKKernel",
     "PrivateLinearModel",
+    "PublicWhitening",
     "RBFKernel",
     "Scattering",
     "ScatteringKernel",
+    "Synthesis",
     "balanced_labels",
+    "distill",
+    "embed_in_batches",
+    "synthesize",
 ]

@@ -207,3 +207,34 @@ def _flatten(inputs: tf.Tensor) -> tf.Tensor:
     """Inputs `[n, ...]` as float32 `[n, size]`."""
     inputs = tf.cast(inputs, tf.float32)
     return tf.reshape(inputs, [tf.shape(inputs)[0], math.prod(inputs.shape[1:])])
+
+
+def embed_in_batches(
+    kernel: Kernel, inputs: np.ndarray, *, batch_size: int = 200
+) -> np.ndarray:
+    """Embeds many inputs, each by itself.
+
+    Args:
+        kernel: the kernel.
+        inputs: float `[n, ...]`.
+        batch_size: inputs that are embedded at once.
+
+    Returns:
+        float32 `[n, features]`.
+
+    Raises:
+        ValueError: there are no inputs.
+    """
+    if not len(inputs):
+        raise _validate.invalid("inputs", np.shape(inputs), "at least one input")
+    out: np.ndarray | None = None
+    for start in range(0, len(inputs), batch_size):
+        batch = np.asarray(inputs[start : start + batch_size], np.float32)
+        missing = batch_size - len(batch)
+        # One shape throughout, since every new one is compiled anew.
+        padded = np.pad(batch, [(0, missing)] + [(0, 0)] * (batch.ndim - 1))
+        rows = kernel.embed(tf.constant(padded)).numpy()
+        if out is None:
+            out = np.empty((len(inputs), rows.shape[1]), np.float32)
+        out[start : start + batch_size] = rows[: len(batch)]
+    return out  # type: ignore[return-value]

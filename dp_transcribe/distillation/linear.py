@@ -6,20 +6,24 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import dp_accounting
 import numpy as np
 import tensorflow as tf
 
 from dp_transcribe import _validate
 from dp_transcribe.distillation.releases import (
+    RELATION,
     RecordSums,
-    noise_multiplier_for_sums,
     sampling_rate,
+    sum_event,
 )
+from dp_transcribe.privacy.calibration import noise_multiplier_for
 from dp_transcribe.privacy.ledger import Ledger
 from dp_transcribe.privacy.statement import PrivacyStatement
 
 # Records read at once: their features stay in the processor's cache.
-_CHUNK = 512
+_CHUNK = 128
+_SHORTEST = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +40,10 @@ class LinearTraining:
             full-batch gradient descent.
         averaged: the share of the last steps whose weights are averaged; 0 keeps
             the last weights.
+        mean_noise: noise of the release of the features' mean, relative to that of
+            all steps together, so that it takes `1 / mean_noise**2` of the budget.
+            The features are then centred and brought to norm one. None leaves them
+            as they are.
         accountant: `"pld"` or `"rdp"`.
     """
 
@@ -45,6 +53,7 @@ class LinearTraining:
     l2_norm: float = 1.0
     sampling_probability: float = 1.0
     averaged: float = 0.25
+    mean_noise: float | None = 10.0
     accountant: str = "pld"
 
     def __post_init__(self) -> None:
@@ -55,7 +64,23 @@ class LinearTraining:
         _validate.positive_finite("l2_norm", self.l2_norm)
         sampling_rate(self.sampling_probability)
         _validate.probability("averaged", self.averaged)
+        if self.mean_noise is not None:
+            _validate.positive_finite("mean_noise", self.mean_noise)
         _validate.one_of("accountant", self.accountant, ("rdp", "pld"))
+
+    def mean_multiplier(self, multiplier: float) -> float:
+        """Noise multiplier of the mean's release for one of the steps'."""
+        alike = multiplier / math.sqrt(self.steps) / self.sampling_probability
+        return alike * (self.mean_noise or 0.0)
+
+    def event(self, multiplier: float) -> dp_accounting.DpEvent:
+        """Everything that a fit releases with this noise multiplier."""
+        step = sum_event(multiplier, self.sampling_probability)
+        steps = dp_accounting.SelfComposedDpEvent(step, self.steps)
+        if self.mean_noise is None:
+            return steps
+        mean = dp_accounting.GaussianDpEvent(self.mean_multiplier(multiplier))
+        return dp_accounting.ComposedDpEvent([mean, steps])
 
 
 class PrivateLinearModel:
@@ -68,8 +93,11 @@ class PrivateLinearModel:
 
     Attributes:
         weights: float32 `[features, classes]`, None before `fit`. Zero at the start.
+        centre: float32 `[features]`, the noisy mean of the features, or zeros.
 
-    **Privacy**: unit `RECORD`, zero-out. The gradient of one record is the outer
+    **Privacy**: unit `RECORD`, zero-out. First the mean of the features, each of
+    norm at most one, is released once and cheaply.
+    The gradient of one record is the outer
     product of its features and its residual (probabilities minus one-hot label), so
     its norm is the product of their norms, and clipping costs nothing: no gradient
     of a single record is ever built. The sum of clipped gradients moves by at most
@@ -88,6 +116,7 @@ class PrivateLinearModel:
         self.training = training or LinearTraining()
         self.seed = _validate.optional_seed("seed", seed)
         self.weights: np.ndarray | None = None
+        self.centre: np.ndarray | None = None
         self._releases: RecordSums | None = None
         self._delta = 0.0
 
@@ -123,27 +152,30 @@ class PrivateLinearModel:
                 "statements' epsilons."
             )
         labels = check_labels(labels, len(features), self.num_classes)
-        multiplier = noise_multiplier_for_sums(
-            target_epsilon,
-            delta,
-            releases=self.training.steps,
-            sampling_probability=self.training.sampling_probability,
-            accountant=self.training.accountant,
+        plan = self.training
+        multiplier = noise_multiplier_for(
+            target_epsilon, delta, plan.event, RELATION, plan.accountant
         )
         self._delta = delta
         self._releases = RecordSums(
             mechanism="PrivateLinearModel",
-            l2_norm=self.training.l2_norm,
+            l2_norm=plan.l2_norm,
             noise_multiplier=multiplier,
-            sampling_probability=self.training.sampling_probability,
+            sampling_probability=plan.sampling_probability,
             seed=self.seed,
         )
+        self.centre = self._noisy_mean(features)
         self.weights = self._descend(features, labels, on_step)
         return self
 
     def logits(self, features: np.ndarray) -> np.ndarray:
         """Scores of the classes, float32 `[n, classes]`."""
-        return np.asarray(features @ self._fitted_weights(), np.float32)
+        weights = self._fitted_weights()
+        outputs = [np.zeros((0, self.num_classes), np.float32)]
+        for start in range(0, len(features), _CHUNK):
+            batch = tf.cast(features[start : start + _CHUNK], tf.float32)
+            outputs.append(_logits(batch, self.centre, weights).numpy())
+        return np.concatenate(outputs)
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         """Most likely classes, int `[n]`."""
@@ -165,12 +197,37 @@ class PrivateLinearModel:
             RuntimeError: the model was not fitted.
         """
         self._fitted_weights()
-        return self._releases.statement(  # type: ignore[union-attr]
+        return self._open_releases().statement(
             delta=self._delta,
             accountant=self.training.accountant,
             covered=("linear model", "distilled data set"),
             steps=self.training.steps,
         )
+
+    def _noisy_mean(self, features: np.ndarray) -> np.ndarray:
+        """Releases the mean of the features, or returns zeros without a release."""
+        width, plan = features.shape[1], self.training
+        if plan.mean_noise is None:
+            return np.zeros(width, np.float32)
+        releases = self._open_releases()
+        sums = RecordSums(
+            mechanism="NoisyMean",
+            l2_norm=1.0,
+            noise_multiplier=plan.mean_multiplier(releases.noise_multiplier),
+            seed=None if self.seed is None else self.seed + 1,
+            ledger=releases.ledger,
+        )
+        sums.begin()
+        total = tf.zeros([width])
+        for start in range(0, len(features), _CHUNK):
+            batch = tf.cast(features[start : start + _CHUNK], tf.float32)
+            total += clipped_sum(batch)
+        return (sums.add_noise(total) / len(features)).numpy()
+
+    def _open_releases(self) -> RecordSums:
+        if self._releases is None:
+            raise RuntimeError("The model has released nothing. Call `fit` first.")
+        return self._releases
 
     def _descend(
         self,
@@ -179,9 +236,7 @@ class PrivateLinearModel:
         on_step: Callable[[int, np.ndarray], None] | None,
     ) -> np.ndarray:
         """Heavy-ball gradient descent; returns the averaged weights."""
-        plan, releases = self.training, self._releases
-        if releases is None:
-            raise RuntimeError("The releases are not set up. Call `fit`.")
+        plan, releases = self.training, self._open_releases()
         weights = tf.zeros([features.shape[1], self.num_classes])
         velocity, total = tf.zeros_like(weights), tf.zeros_like(weights)
         last = max(1, math.ceil(plan.averaged * plan.steps))
@@ -220,6 +275,7 @@ class PrivateLinearModel:
                 tf.cast(features[rows], tf.float32),
                 tf.constant(labels[rows]),
                 weights,
+                self.centre,
                 l2_norm=self.training.l2_norm,
             )
         return total
@@ -232,7 +288,12 @@ class PrivateLinearModel:
 
 @tf.function(reduce_retracing=True)
 def clipped_gradient_sum(
-    features: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor, *, l2_norm: float
+    features: tf.Tensor,
+    labels: tf.Tensor,
+    weights: tf.Tensor,
+    centre: tf.Tensor,
+    *,
+    l2_norm: float,
 ) -> tf.Tensor:
     """Sum of the records' clipped cross-entropy gradients.
 
@@ -240,6 +301,8 @@ def clipped_gradient_sum(
         features: float32 `[n, features]`.
         labels: int `[n]`.
         weights: float32 `[features, classes]`.
+        centre: float32 `[features]`, what is taken off the features before they are
+            brought to norm one; all zero leaves them as they are.
         l2_norm: bound of one record's gradient.
 
     Returns:
@@ -248,15 +311,46 @@ def clipped_gradient_sum(
 
     **Privacy**: moves by at most `l2_norm` if one record is left out.
     """
+    offsets = _finite(features - centre)
+    lengths = tf.norm(offsets, axis=1)
+    scales = _scales(lengths, centre)
+    probabilities = tf.nn.softmax(scales[:, None] * tf.matmul(offsets, weights))
+    residuals = probabilities - tf.one_hot(labels, tf.shape(weights)[1])
+    # Scaling the residuals instead of the features gives the same outer products.
+    norms = scales * lengths * tf.norm(residuals, axis=1)
+    factors = scales * tf.math.divide_no_nan(tf.minimum(norms, l2_norm), norms)
+    usable = tf.math.is_finite(norms)[:, None]
+    clipped = tf.where(usable, residuals * factors[:, None], 0.0)
+    return tf.matmul(offsets, clipped, transpose_a=True)
+
+
+@tf.function(reduce_retracing=True)
+def clipped_sum(features: tf.Tensor) -> tf.Tensor:
+    """Sum of features `[n, features]`, each clipped to norm one.
+
+    **Privacy**: moves by at most 1 if one record is left out; a record with a NaN or
+    infinite feature counts as zero.
+    """
+    return tf.reduce_sum(tf.clip_by_norm(_finite(features), 1.0, axes=[1]), axis=0)
+
+
+@tf.function(reduce_retracing=True)
+def _logits(features: tf.Tensor, centre: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+    offsets = features - centre
+    scales = _scales(tf.norm(offsets, axis=1), centre)
+    return scales[:, None] * tf.matmul(offsets, weights)
+
+
+def _scales(lengths: tf.Tensor, centre: tf.Tensor) -> tf.Tensor:
+    """One over the lengths of centred features; one if nothing was taken off."""
+    inverse = 1.0 / tf.maximum(lengths, _SHORTEST)
+    return tf.where(tf.reduce_any(centre != 0.0), inverse, tf.ones_like(lengths))
+
+
+def _finite(features: tf.Tensor) -> tf.Tensor:
+    """Puts zeros in place of every row that is not finite."""
     finite = tf.reduce_all(tf.math.is_finite(features), axis=1, keepdims=True)
-    features = tf.where(finite, features, 0.0)
-    residuals = tf.nn.softmax(features @ weights) - tf.one_hot(
-        labels, tf.shape(weights)[1]
-    )
-    norms = tf.norm(features, axis=1) * tf.norm(residuals, axis=1)
-    factors = tf.math.divide_no_nan(tf.minimum(norms, l2_norm), norms)
-    factors = tf.where(tf.math.is_finite(norms), factors, 0.0)
-    return tf.matmul(features, residuals * factors[:, None], transpose_a=True)
+    return tf.where(finite, features, 0.0)
 
 
 def check_labels(labels: np.ndarray, num_records: int, num_classes: int) -> np.ndarray:

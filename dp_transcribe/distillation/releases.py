@@ -9,12 +9,11 @@ import tensorflow as tf
 
 from dp_transcribe import _validate
 from dp_transcribe.mechanisms.noise import SAMPLING, NoiseSource
-from dp_transcribe.privacy.calibration import poisson_noise_multiplier
 from dp_transcribe.privacy.ledger import Ledger, Spend
 from dp_transcribe.privacy.statement import PrivacyStatement, statement_from_ledger
 from dp_transcribe.privacy.units import Relation, Unit
 
-_RELATION = Relation.REPLACE_SPECIAL
+RELATION = Relation.REPLACE_SPECIAL
 
 
 class RecordSums:
@@ -28,6 +27,8 @@ class RecordSums:
         sampling_probability: probability with which a release takes each record; 1
             takes them all.
         seed: None for secret randomness; an int makes runs repeatable, for tests.
+            Two sums over the same records must not share one.
+        ledger: where releases are recorded; None makes a new one.
 
     **Privacy**: unit `RECORD` under zero-out, where the number of records is public
     and a record is replaced by an empty one that contributes nothing. A sum then
@@ -44,17 +45,18 @@ class RecordSums:
         noise_multiplier: float,
         sampling_probability: float = 1.0,
         seed: int | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         self.l2_norm = _validate.positive_finite("l2_norm", l2_norm)
         self.noise_multiplier = _validate.non_negative(
             "noise_multiplier", noise_multiplier
         )
         self.sampling_probability = sampling_rate(sampling_probability)
-        self.ledger = Ledger()
+        self.ledger = Ledger() if ledger is None else ledger
         self.spend = Spend(
             unit=Unit.RECORD,
-            relation=_RELATION,
-            event=_event(self.noise_multiplier, self.sampling_probability),
+            relation=RELATION,
+            event=sum_event(self.noise_multiplier, self.sampling_probability),
             mechanism=mechanism,
         )
         self._source = NoiseSource(seed)
@@ -118,7 +120,7 @@ class RecordSums:
             self.ledger,
             unit=Unit.RECORD,
             delta=delta,
-            relation=_RELATION,
+            relation=RELATION,
             accountant=accountant,
             covered=covered,
             not_covered=("the private records", "accuracies measured on them"),
@@ -141,41 +143,16 @@ def sampling_rate(value: float) -> float:
     return _validate.positive_finite("sampling_probability", value)
 
 
-def noise_multiplier_for_sums(
-    target_epsilon: float,
-    delta: float,
-    *,
-    releases: int,
-    sampling_probability: float = 1.0,
-    accountant: str = "pld",
-) -> float:
-    """Smallest noise multiplier with which so many sums keep a target epsilon.
+def sum_event(multiplier: float, probability: float) -> dp_accounting.DpEvent:
+    """What one release costs.
 
     Args:
-        target_epsilon: the epsilon to keep per record, above 0.
-        delta: strictly between 0 and 1.
-        releases: number of sums that will be released.
-        sampling_probability: probability with which a sum takes each record.
-        accountant: `"rdp"` or `"pld"` (tighter, slower for sampled records).
+        multiplier: noise in units of the bound; zero is accounted as no privacy.
+        probability: with which the release takes each record.
 
     Returns:
-        The multiplier, rounded up.
-
-    Raises:
-        ValueError: an argument is out of range.
+        The event.
     """
-    return poisson_noise_multiplier(
-        target_epsilon,
-        delta,
-        sampling_rate(sampling_probability),
-        releases,
-        relation=_RELATION,
-        accountant=accountant,
-    )
-
-
-def _event(multiplier: float, probability: float) -> dp_accounting.DpEvent:
-    """One release; a multiplier of zero is accounted as no privacy at all."""
     gaussian = dp_accounting.GaussianDpEvent(multiplier)
     if probability == 1.0:
         return gaussian

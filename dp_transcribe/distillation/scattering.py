@@ -265,7 +265,7 @@ def _average(size: int, scale: int, resolution: int) -> np.ndarray:
 
 
 def _spectrum(signal: tf.Tensor) -> tf.Tensor:
-    return tf.signal.fft2d(tf.cast(signal, tf.complex64))
+    return tf.signal.fft2d(tf.complex(signal, tf.zeros_like(signal)))
 
 
 def _fold(spectrum: tf.Tensor, factor: int) -> tf.Tensor:

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from dp_transcribe.distillation import LinearTraining, PrivateLinearModel
-from dp_transcribe.distillation.linear import clipped_gradient_sum
+from dp_transcribe.distillation.linear import clipped_gradient_sum, clipped_sum
 from dp_transcribe.distillation.releases import RecordSums
 from dp_transcribe.privacy import Unit
 
@@ -23,17 +23,19 @@ def toy(records=300, features=20, classes=3):
     return inputs.astype(np.float32), labels
 
 
+@pytest.mark.parametrize("centred", [0.0, 1.0])
 @pytest.mark.parametrize("l2_norm", [0.05, 1.0, 3.0])
-def test_leaving_one_record_out_moves_the_sum_by_at_most_the_bound(l2_norm):
+def test_leaving_one_record_out_moves_the_sum_by_at_most_the_bound(l2_norm, centred):
     features = RNG.normal(size=(40, 6)).astype(np.float32)
     labels = RNG.integers(0, 4, 40)
     weights = tf.constant(RNG.normal(size=(6, 4)), tf.float32)
-    whole = clipped_gradient_sum(features, labels, weights, l2_norm=l2_norm)
+    centre = tf.constant(centred * RNG.normal(size=6), tf.float32)
+    whole = clipped_gradient_sum(features, labels, weights, centre, l2_norm=l2_norm)
     moved = []
     for left_out in range(40):
         keep = np.arange(40) != left_out
         rest = clipped_gradient_sum(
-            features[keep], labels[keep], weights, l2_norm=l2_norm
+            features[keep], labels[keep], weights, centre, l2_norm=l2_norm
         )
         moved.append(np.linalg.norm(whole - rest))
     assert max(moved) <= l2_norm * (1 + 1e-4)
@@ -43,38 +45,46 @@ def test_leaving_one_record_out_moves_the_sum_by_at_most_the_bound(l2_norm):
 def test_without_clipping_it_is_the_gradient_of_the_cross_entropy():
     features, labels = toy()
     weights = tf.Variable(tf.random.stateless_normal([20, 3], [1, 2]))
+    centre = tf.zeros([20])
     with tf.GradientTape() as tape:
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
             labels, tf.matmul(features, weights)
         )
         total = tf.reduce_sum(losses)
-    summed = clipped_gradient_sum(features, labels, weights, l2_norm=1e6)
+    summed = clipped_gradient_sum(features, labels, weights, centre, l2_norm=1e6)
     np.testing.assert_allclose(summed, tape.gradient(total, weights), atol=1e-4)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e38])
 def test_a_record_that_is_not_finite_counts_as_zero(bad):
     features, labels = toy(10)
-    weights = tf.zeros([20, 3])
-    expected = clipped_gradient_sum(features[1:], labels[1:], weights, l2_norm=1.0)
+    weights, centre = tf.zeros([20, 3]), tf.zeros([20])
+    expected = clipped_gradient_sum(
+        features[1:], labels[1:], weights, centre, l2_norm=1.0
+    )
     features[0, 3] = bad
-    summed = clipped_gradient_sum(features, labels, weights, l2_norm=1.0)
+    summed = clipped_gradient_sum(features, labels, weights, centre, l2_norm=1.0)
     np.testing.assert_allclose(summed, expected, atol=1e-6)
 
 
 def test_ledger_equals_dp_accounting_called_directly():
     features, labels = toy(50)
-    plan = LinearTraining(steps=7, sampling_probability=0.3, accountant="rdp")
+    plan = LinearTraining(
+        steps=7, sampling_probability=0.3, mean_noise=4.0, accountant="rdp"
+    )
     model = PrivateLinearModel(3, plan, seed=1)
     model.fit(features, labels, target_epsilon=2.0, delta=1e-5)
     statement = model.privacy_statement()
     accountant = dp_accounting.rdp.RdpAccountant()
-    gaussian = dp_accounting.GaussianDpEvent(statement.details["noise_multiplier"])
+    multiplier = statement.details["noise_multiplier"]
+    gaussian = dp_accounting.GaussianDpEvent(multiplier)
+    mean = dp_accounting.GaussianDpEvent(plan.mean_multiplier(multiplier))
+    accountant.compose(mean)
     accountant.compose(dp_accounting.PoissonSampledDpEvent(0.3, gaussian), 7)
     assert statement.unit is Unit.RECORD
     assert statement.epsilon == pytest.approx(accountant.get_epsilon(1e-5))
     assert 1.99 < statement.epsilon <= 2.0
-    assert model.ledger.releases(Unit.RECORD) == 7
+    assert model.ledger.releases(Unit.RECORD) == 1 + 7
 
 
 def test_it_learns_and_a_seed_repeats_it():
@@ -126,6 +136,27 @@ def test_sampler_takes_each_record_independently_with_its_probability():
     assert abs(counts.mean() - 80.0) < 1.0
     assert 0.8 < counts.var() / 64.0 < 1.25
     assert 0.7 < np.var(sizes) / 80.0 < 1.4
+
+
+def test_the_mean_moves_by_at_most_one():
+    features = 5.0 * RNG.normal(size=(30, 6)).astype(np.float32)
+    features[:5] *= 0.01
+    whole = clipped_sum(features)
+    for left_out in range(30):
+        rest = clipped_sum(np.delete(features, left_out, axis=0))
+        moved = np.linalg.norm(whole - rest)
+        assert moved == pytest.approx(
+            min(1.0, np.linalg.norm(features[left_out])), rel=1e-3
+        )
+
+
+def test_a_common_offset_of_all_features_does_no_harm():
+    features, labels = toy(3000)
+    offset = np.concatenate([features, np.full((3000, 1), 3.0)], axis=1) / 4.0
+    plan = LinearTraining(steps=30, learning_rate=4.0)
+    model = PrivateLinearModel(3, plan, seed=1)
+    model.fit(offset.astype(np.float32), labels, target_epsilon=1.0, delta=1e-5)
+    assert model.score(offset, labels) > 0.95
 
 
 def test_an_empty_sample_is_recorded_and_noised():

@@ -1,0 +1,122 @@
+"""From private images to a distilled data set, private information entering once."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import numpy as np
+import tensorflow as tf
+
+from dp_transcribe import _validate
+from dp_transcribe.distillation.dataset import DistilledDataset
+from dp_transcribe.distillation.kernels import Kernel, embed_in_batches
+from dp_transcribe.distillation.linear import LinearTraining, PrivateLinearModel
+from dp_transcribe.distillation.synthesis import ImageSource, Synthesis, synthesize
+from dp_transcribe.distillation.whitening import PublicWhitening
+
+_LOGGER = logging.getLogger(__name__)
+# The part of the seed that keeps whitening's images apart from synthesis'.
+_WHITENING_PART = 1_000_000
+_PUBLIC_BATCH = 250
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """Settings of `distill`; public, chosen without the private data.
+
+    Attributes:
+        training: of the private linear model.
+        synthesis: of the support images.
+        public_images: number of public images that the whitening is made from.
+        damping_rank: see `PublicWhitening.from_public`.
+    """
+
+    training: LinearTraining = LinearTraining(steps=80, learning_rate=40.0, l2_norm=0.3)
+    synthesis: Synthesis = Synthesis()
+    public_images: int = 3000
+    damping_rank: int = 100
+
+
+def distill(
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    num_classes: int,
+    kernel: Kernel,
+    source: ImageSource,
+    target_epsilon: float,
+    delta: float,
+    settings: Distillation | None = None,
+    features: np.ndarray | None = None,
+    seed: int | None = None,
+) -> tuple[DistilledDataset, PrivateLinearModel]:
+    """Distils private images through a private linear model of their features.
+
+    The private images are used in one place only, the fit of the linear model. The
+    support images are then made from it and from public images, at no cost.
+
+    Args:
+        images: private images, float `[records, height, width, colours]`.
+        labels: their labels, int `[records]`.
+        num_classes: number of classes.
+        kernel: an inner product of embeddings, such as `ScatteringKernel`.
+        source: public images.
+        target_epsilon: the epsilon per record that is not passed.
+        delta: strictly between 0 and 1.
+        settings: further settings.
+        features: the embeddings of `images`, if they are there already.
+        seed: None for secret noise; an int makes runs repeatable, for tests.
+
+    Returns:
+        The distilled data set, and the linear model of whitened features, which is
+        as private.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    **Privacy**: unit `RECORD`, zero-out; the statement is in the result.
+    """
+    settings = settings or Distillation()
+    whitening = _whitening(kernel, source, settings, seed)
+    if features is None:
+        features = embed_in_batches(kernel, images)
+    if len(features) != len(images):
+        expected = f"None or one row for each of {len(images)} images"
+        raise _validate.invalid("features", np.shape(features), expected)
+    model = PrivateLinearModel(num_classes, settings.training, seed=seed)
+    model.fit(
+        whitening.apply(features), labels, target_epsilon=target_epsilon, delta=delta
+    )
+    _LOGGER.info("The linear model is fitted; nothing private is read any more.")
+    support, support_labels = synthesize(
+        whitening.plain_weights(model),
+        kernel,
+        source,
+        settings=settings.synthesis,
+        seed=seed or 0,
+    )
+    distilled = DistilledDataset(
+        images=support,
+        labels=support_labels,
+        num_classes=num_classes,
+        statement=model.privacy_statement(),
+    )
+    return distilled, model
+
+
+def _whitening(
+    kernel: Kernel, source: ImageSource, settings: Distillation, seed: int | None
+) -> PublicWhitening:
+    """Whitening by images of the public source."""
+    batches = -(-settings.public_images // _PUBLIC_BATCH)
+    parts = [
+        kernel.embed(source.sample(_PUBLIC_BATCH, _public_seed(seed, part))).numpy()
+        for part in range(batches)
+    ]
+    public = np.concatenate(parts)[: settings.public_images]
+    return PublicWhitening.from_public(public, damping_rank=settings.damping_rank)
+
+
+def _public_seed(seed: int | None, part: int) -> tf.Tensor:
+    return tf.constant([seed or 0, _WHITENING_PART + part], tf.int32)

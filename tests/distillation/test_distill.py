@@ -1,0 +1,136 @@
+"""From private images to distilled ones, end to end, and the result object."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dp_transcribe.distillation import (
+    Distillation,
+    DistilledDataset,
+    KernelRidgeClassifier,
+    LinearTraining,
+    PrivateLinearModel,
+    PublicWhitening,
+    ScatteringKernel,
+    Synthesis,
+    distill,
+    synthesize,
+)
+from dp_transcribe.privacy import Unit
+
+KERNEL = ScatteringKernel((8, 8, 1), groups=1, scale=1, orientations=4)
+
+
+class Bars:
+    """Noisy horizontal (class 0) or vertical (class 1) bars, or either."""
+
+    def draw(self, n, seed):
+        rng = np.random.default_rng(seed)
+        labels = rng.integers(0, 2, n)
+        wave = 0.5 + 0.5 * np.sin(np.arange(8) * 2.0 + rng.uniform(0, 6, (n, 1)))
+        images = np.repeat(wave[:, :, None], 8, axis=2)
+        images[labels == 1] = images[labels == 1].transpose(0, 2, 1)
+        images += 0.1 * rng.normal(size=images.shape)
+        return images[..., None].astype(np.float32), labels
+
+    def sample(self, n, seed):
+        return tf.constant(self.draw(n, np.asarray(seed))[0])
+
+
+SETTINGS = Distillation(
+    training=LinearTraining(steps=20, learning_rate=4.0, accountant="rdp"),
+    synthesis=Synthesis(images_per_class=2, steps=10, queries=200),
+    public_images=200,
+    damping_rank=20,
+)
+
+
+@pytest.fixture(scope="module")
+def distilled():
+    images, labels = Bars().draw(4000, seed=1)
+    return distill(
+        images,
+        labels,
+        num_classes=2,
+        kernel=KERNEL,
+        source=Bars(),
+        target_epsilon=1.0,
+        delta=1e-5,
+        settings=SETTINGS,
+        seed=3,
+    )[0]
+
+
+def test_ridge_regression_on_the_distilled_images_classifies_real_ones(distilled):
+    images, labels = Bars().draw(300, seed=2)
+    ridge = KernelRidgeClassifier(KERNEL).fit(distilled.images, distilled.labels)
+    assert ridge.score(images, labels) > 0.95
+    np.testing.assert_array_equal(distilled.labels, [0, 0, 1, 1])
+    assert distilled.images.min() >= 0.0 and distilled.images.max() <= 1.0
+
+
+def test_statement_speaks_of_records_and_of_the_images(distilled):
+    statement = distilled.statement
+    assert statement.unit is Unit.RECORD
+    assert 0.99 < statement.epsilon <= 1.0
+    assert "distilled data set" in statement.covered
+    assert statement.noise_seed == 3
+
+
+def test_save_and_load_give_the_same(distilled, tmp_path):
+    distilled.save(tmp_path)
+    distilled.save_grid(tmp_path / "images.png")
+    loaded = DistilledDataset.load(tmp_path)
+    np.testing.assert_array_equal(loaded.images, distilled.images)
+    np.testing.assert_array_equal(loaded.labels, distilled.labels)
+    assert loaded.statement == distilled.statement
+    grid = tf.io.decode_png((tmp_path / "images.png").read_bytes())
+    assert grid.shape == (2 * 8, 10 * 8, 1)
+    assert "RECORD" in (tmp_path / "statement.txt").read_text()
+    assert len(list(loaded.to_tf_dataset())) == len(loaded) == 4
+
+
+def test_labels_that_are_no_classes_are_refused(distilled):
+    with pytest.raises(ValueError, match="labels"):
+        DistilledDataset(distilled.images, np.full(4, 2), 2, distilled.statement)
+
+
+def test_synthesis_approaches_the_given_model():
+    weights = np.random.default_rng(5).normal(size=(KERNEL.num_features, 2))
+    public = KERNEL.embed(Bars().sample(300, [9, 9])).numpy()
+    wanted = (public @ weights).argmax(axis=1)
+    settings = Synthesis(images_per_class=4, steps=60, queries=300)
+    images, labels = synthesize(weights, KERNEL, Bars(), settings=settings)
+    ridge = KernelRidgeClassifier(KERNEL).fit(images, labels)
+    scores = ridge.decision_function(Bars().sample(300, [9, 9]).numpy())
+    assert np.mean(scores.argmax(axis=1) == wanted) > 0.8
+
+
+def test_more_images_than_were_drawn_are_refused_with_the_number():
+    settings = Synthesis(images_per_class=300, queries=200)
+    weights = np.zeros((KERNEL.num_features, 2), np.float32)
+    with pytest.raises(ValueError, match="200"):
+        synthesize(weights, KERNEL, Bars(), settings=settings)
+
+
+def test_whitening_never_lengthens_and_evens_out_variances():
+    rng = np.random.default_rng(6)
+    public = rng.normal(size=(400, 30)) * np.geomspace(10.0, 0.01, 30)
+    whitening = PublicWhitening.from_public(public, damping_rank=15)
+    others = rng.normal(size=(100, 30)).astype(np.float32)
+    lengths = np.linalg.norm(whitening.apply(others), axis=1)
+    assert np.all(lengths <= np.linalg.norm(others, axis=1) + 1e-5)
+    deviations = whitening.apply(public).std(axis=0)
+    assert deviations[:10].max() / deviations[:10].min() < 2.0
+
+
+def test_plain_weights_classify_as_the_whitened_model():
+    images, labels = Bars().draw(4000, seed=1)
+    features = KERNEL.embed(images).numpy()
+    public = KERNEL.embed(Bars().sample(200, [4, 4])).numpy()
+    whitening = PublicWhitening.from_public(public, damping_rank=20)
+    model = PrivateLinearModel(2, SETTINGS.training, seed=1)
+    whitened = whitening.apply(features)
+    model.fit(whitened, labels, target_epsilon=9.0, delta=1e-5)
+    plain = (features @ whitening.plain_weights(model)).argmax(axis=1)
+    assert np.mean(plain == model.predict(whitened)) > 0.97

@@ -1,0 +1,80 @@
+"""Kernels and ridge regression, against independent implementations."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from sklearn.kernel_ridge import KernelRidge
+
+from dp_transcribe.distillation import KernelRidgeClassifier, NTKKernel, RBFKernel
+from dp_transcribe.distillation.ridge import centred_one_hot
+
+RNG = np.random.default_rng(0)
+
+
+def test_equals_scikit_learn():
+    inputs = RNG.normal(size=(40, 5)).astype(np.float32)
+    labels = np.arange(40) % 3
+    queries = RNG.normal(size=(7, 5)).astype(np.float32)
+    ours = KernelRidgeClassifier(RBFKernel(0.2), penalty=0.1).fit(inputs, labels)
+    # The diagonal of this kernel is one, so the penalties are the same.
+    theirs = KernelRidge(kernel="rbf", gamma=0.2, alpha=0.1)
+    theirs.fit(inputs, centred_one_hot(labels, 3))
+    np.testing.assert_allclose(
+        ours.decision_function(queries), theirs.predict(queries), atol=1e-4
+    )
+
+
+def test_labels_come_back_as_they_were_given():
+    inputs = np.array([[0.0], [0.1], [5.0], [5.1]], np.float32)
+    model = KernelRidgeClassifier(RBFKernel(1.0)).fit(inputs, np.array([3, 3, 7, 7]))
+    np.testing.assert_array_equal(model.predict(inputs), [3, 3, 7, 7])
+    assert model.score(inputs, [3, 3, 7, 7]) == 1.0
+    assert model.decision_function(inputs[:0]).shape == (0, 2)
+
+
+def test_one_label_per_input_is_asked_for():
+    with pytest.raises(ValueError, match="labels"):
+        KernelRidgeClassifier(RBFKernel()).fit(np.zeros((3, 2)), [0, 1])
+
+
+def test_before_fit_there_is_no_prediction():
+    with pytest.raises(RuntimeError, match="fit"):
+        KernelRidgeClassifier(RBFKernel()).predict(np.zeros((1, 2)))
+
+
+@pytest.mark.parametrize(("hidden_layers", "width"), [(1, 8192), (2, 800)])
+def test_tangent_kernel_is_the_limit_of_wide_networks(hidden_layers, width):
+    kernel = NTKKernel(hidden_layers, weight_std=1.3, bias_std=0.2)
+    inputs = tf.constant(RNG.normal(size=(3, 6)), tf.float32)
+    measured = np.mean(
+        [_empirical_kernel(kernel, inputs, seed, width) for seed in range(6)], axis=0
+    )
+    limit = kernel(inputs, inputs).numpy()
+    lengths = np.sqrt(np.diag(limit))
+    error = np.abs(measured - limit) / np.outer(lengths, lengths)
+    assert error.max() < 0.07
+
+
+def _empirical_kernel(kernel, inputs, seed, width):
+    """Products of the gradients of a finite network in tangent parametrisation."""
+    keras.utils.set_random_seed(seed)
+    sizes = [inputs.shape[1]] + [width] * kernel.hidden_layers + [1]
+    weights = [
+        tf.Variable(tf.random.normal(shape))
+        for fan_in, fan_out in zip(sizes, sizes[1:], strict=False)
+        for shape in ((fan_in, fan_out), (fan_out,))
+    ]
+    rows = []
+    for example in inputs:
+        with tf.GradientTape() as tape:
+            signal = example[None]
+            for layer in range(0, len(weights), 2):
+                signal = tf.nn.relu(signal) if layer else signal
+                scale = kernel.weight_std / np.sqrt(signal.shape[1])
+                signal = scale * signal @ weights[layer]
+                signal += kernel.bias_std * weights[layer + 1]
+        gradients = tape.gradient(signal, weights)
+        rows.append(np.concatenate([g.numpy().ravel() for g in gradients]))
+    rows = np.stack(rows)
+    return rows @ rows.T
