@@ -3,18 +3,23 @@
 from dp_transcribe.generators.base import ProceduralGenerator
 from dp_transcribe.generators.conv_generator import ConvGenerator
 from dp_transcribe.generators.dead_leaves import DeadLeaves
+from dp_transcribe.generators.figures import Figures
 from dp_transcribe.generators.mixture import Mixture
 from dp_transcribe.generators.mlp_generator import MLPGenerator
 from dp_transcribe.generators.power_law_noise import PowerLawNoise
 from dp_transcribe.generators.pretraining import pretrain
+from dp_transcribe.generators.priors import DOMAINS, default_prior
 from dp_transcribe.generators.random_strokes import RandomStrokes
 from dp_transcribe.generators.silhouettes import Silhouettes
 from dp_transcribe.generators.smooth_noise import SmoothNoise
 from dp_transcribe.generators.trainable import TrainableGenerator
+from dp_transcribe.generators.wedges import Wedges
 
 __all__ = [
+    "DOMAINS",
     "ConvGenerator",
     "DeadLeaves",
+    "Figures",
     "MLPGenerator",
     "Mixture",
     "PowerLawNoise",
@@ -23,5 +28,7 @@ __all__ = [
     "Silhouettes",
     "SmoothNoise",
     "TrainableGenerator",
+    "Wedges",
+    "default_prior",
     "pretrain",
 ]
