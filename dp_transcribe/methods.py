@@ -27,8 +27,9 @@ from dp_transcribe.transcriber import DPTranscriber
 
 METHODS = ("dpdfd", "srr", "dpsd_data", "dpsd_label")
 
-# Of a method's own, so that the answers of a run never depend on a shared stream.
-_PRETRAINING_STEPS = 300
+# A generator is pretrained on the prior by so many updates.
+PRETRAINING_STEPS = 300
+REPLAY_SIZE = 2**19
 
 
 def dpdfd(
@@ -38,7 +39,7 @@ def dpdfd(
     student: keras.Model | None = None,
     generator: TrainableGenerator | None = None,
     epochs: int = 10,
-    steps_per_epoch: int = 60,
+    steps_per_epoch: int = 30,
     seed: int | None = None,
 ) -> DPTranscriber:
     """DPDFD: normalised, noised weight gradients; the student guides the generator.
@@ -62,9 +63,9 @@ def dpdfd(
         iterates are this library's.
     """
     updates = 5
-    pool = QueryPool(size=100_000, batch_size=1024, updates=300)
+    pool = QueryPool(size=500_000, batch_size=2048, updates=750)
     rate = keras.optimizers.schedules.CosineDecay(
-        1.0, epochs * steps_per_epoch * updates, alpha=0.05
+        2.0, epochs * steps_per_epoch * updates, alpha=0.05
     )
     return _transcriber(
         teacher,
@@ -112,7 +113,7 @@ def srr(
         arXiv:2409.12384; randomised response of arXiv:2102.06062.
     """
     generator = generator or _pretrained(teacher, prior, seed)
-    pretrain_by_teacher(generator, teacher, steps=_PRETRAINING_STEPS, seed=seed or 0)
+    pretrain_by_teacher(generator, teacher, steps=PRETRAINING_STEPS, seed=seed or 0)
     return _by_answers(
         teacher,
         prior,
@@ -189,7 +190,7 @@ def _by_answers(
     updates = 4
     queries = FreshQueries(batch_size=2048)
     steps = epochs * steps_per_epoch
-    rate = keras.optimizers.schedules.CosineDecay(1e-3, steps * updates, alpha=0.02)
+    rate = keras.optimizers.schedules.CosineDecay(4e-3, steps * updates, alpha=0.02)
     return _transcriber(
         teacher,
         prior,
@@ -200,7 +201,7 @@ def _by_answers(
         keras.optimizers.Adam(rate, use_ema=True, ema_momentum=0.99),
         schedule=schedule,
         student_updates=updates,
-        replay_size=steps * queries.batch_size,
+        replay_size=REPLAY_SIZE,
         replay_batch_size=2048,
         **kwargs,
     )
@@ -228,6 +229,7 @@ def _transcriber(
         mechanism=mechanism,
         queries=queries,
         public_prior=prior,
+        public_share=0.9,
         objective=GeneratorObjective(one_hot=1.0, information_entropy=5.0),
         **kwargs,
     )
@@ -245,5 +247,5 @@ def _pretrained(
 ) -> TrainableGenerator:
     """A generator whose images look like the prior's; public."""
     generator = ConvGenerator(prior.image_shape, output_range=prior.output_range)
-    pretrain(generator, prior, steps=_PRETRAINING_STEPS, seed=seed or 0)
+    pretrain(generator, prior, steps=PRETRAINING_STEPS, seed=seed or 0)
     return generator
