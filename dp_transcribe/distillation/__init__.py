@@ -9,6 +9,7 @@ from dp_transcribe.distillation.kernels import (
     ScatteringKernel,
     embed_in_batches,
 )
+from dp_transcribe.distillation.kip import DPKIP, KIPTraining
 from dp_transcribe.distillation.linear import LinearTraining, PrivateLinearModel
 from dp_transcribe.distillation.ridge import KernelRidgeClassifier
 from dp_transcribe.distillation.scattering import Scattering
@@ -16,8 +17,10 @@ from dp_transcribe.distillation.synthesis import Synthesis, synthesize
 from dp_transcribe.distillation.whitening import PublicWhitening
 
 __all__ = [
+    "DPKIP",
     "Distillation",
     "DistilledDataset",
+    "KIPTraining",
     "Kernel",
     "KernelRidgeClassifier",
     "LinearTraining",

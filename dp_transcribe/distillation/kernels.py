@@ -25,6 +25,11 @@ class Kernel(abc.ABC):
     over private data have no place in it.
     """
 
+    @property
+    def embeds_identically(self) -> bool:
+        """Whether an embedding is the flattened input itself."""
+        return False
+
     @abc.abstractmethod
     def embed(self, inputs: tf.Tensor) -> tf.Tensor:
         """Maps inputs `[n, ...]` to embeddings, float32 `[n, features]`."""
@@ -124,6 +129,11 @@ class RBFKernel(Kernel):
         """Checks the width."""
         _validate.positive_finite("gamma", self.gamma)
 
+    @property
+    def embeds_identically(self) -> bool:
+        """True: inputs are compared as they are."""
+        return True
+
     def embed(self, inputs: tf.Tensor) -> tf.Tensor:
         """The flattened input."""
         return _flatten(inputs)
@@ -160,6 +170,11 @@ class NTKKernel(Kernel):
         _validate.positive_int("hidden_layers", self.hidden_layers)
         _validate.positive_finite("weight_std", self.weight_std)
         _validate.non_negative("bias_std", self.bias_std)
+
+    @property
+    def embeds_identically(self) -> bool:
+        """True: inputs are compared as they are."""
+        return True
 
     def embed(self, inputs: tf.Tensor) -> tf.Tensor:
         """The flattened input."""

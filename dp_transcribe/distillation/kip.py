@@ -1,0 +1,308 @@
+"""DP-KIP: support images learnt by noisy gradients of kernel ridge regression."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+
+import dp_accounting
+import keras
+import numpy as np
+import tensorflow as tf
+
+from dp_transcribe import _validate
+from dp_transcribe.distillation.dataset import DistilledDataset, balanced_labels
+from dp_transcribe.distillation.jacobian import embedding_jacobians
+from dp_transcribe.distillation.kernels import Kernel, embed_in_batches
+from dp_transcribe.distillation.linear import check_labels
+from dp_transcribe.distillation.releases import (
+    RELATION,
+    RecordSums,
+    sampling_rate,
+    sum_event,
+)
+from dp_transcribe.distillation.ridge import centred_one_hot, ridge_solve
+from dp_transcribe.privacy.calibration import noise_multiplier_for
+from dp_transcribe.privacy.ledger import Ledger
+from dp_transcribe.privacy.statement import PrivacyStatement
+
+_LOGGER = logging.getLogger(__name__)
+# Records whose gradients are held at once.
+_CHUNK = 64
+# float32 values that one chunk's gradients and the Jacobian may take, 4 GiB.
+_LARGEST = 2**30
+_LARGEST_FEATURE = 1e6
+
+
+@dataclasses.dataclass(frozen=True)
+class KIPTraining:
+    """How DP-KIP is run; public, chosen without the private data.
+
+    Attributes:
+        steps: number of noisy steps.
+        learning_rate: of Adam, in units of the pixels.
+        l2_norm: bound of one record's gradient over all support images together.
+        sampling_probability: probability with which a step takes each record.
+        penalty: of the ridge regression, as in `KernelRidgeClassifier`.
+        accountant: `"rdp"` or `"pld"`.
+    """
+
+    steps: int = 300
+    learning_rate: float = 0.1
+    l2_norm: float = 1e-2
+    sampling_probability: float = 1 / 30
+    penalty: float = 1e-3
+    accountant: str = "rdp"
+
+    def __post_init__(self) -> None:
+        """Checks the attributes."""
+        _validate.positive_int("steps", self.steps)
+        for name in ("learning_rate", "l2_norm", "penalty"):
+            _validate.positive_finite(name, getattr(self, name))
+        sampling_rate(self.sampling_probability)
+        _validate.one_of("accountant", self.accountant, ("rdp", "pld"))
+
+
+class DPKIP(keras.Model):
+    """Support images as weights, moved by private gradients.
+
+    Args:
+        kernel: the kernel; it decides what an embedding is.
+        initial: where the support images start, float `[n, ...]`: noise or public
+            images, in the order of the classes, as many of each.
+        num_classes: number of classes.
+        training: how it is run.
+        seed: None for secret noise; an int makes runs repeatable, for tests.
+
+    Raises:
+        ValueError: the support does not divide by the classes, or one chunk of
+            gradients would not fit into memory.
+
+    **Privacy**: unit `RECORD`, zero-out. The gradient of each record's loss with
+    respect to all support images is clipped jointly to `l2_norm`; their sum over a
+    true Poisson sample is released once per step. Records are embedded one by one;
+    no statistic of them is used. `initial` must not come from private data.
+
+    References:
+        Vinaroz, Park: Differentially Private Kernel Inducing Points using features
+        from ScatterNets (DP-KIP-ScatterNet), arXiv:2301.13389.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        initial: np.ndarray,
+        num_classes: int,
+        training: KIPTraining | None = None,
+        *,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(name="dpkip")
+        self.kernel = _validate.instance_of("kernel", kernel, Kernel)
+        self.num_classes = _validate.positive_int("num_classes", num_classes)
+        self.training_plan = training or KIPTraining()
+        self.seed = _validate.optional_seed("seed", seed)
+        initial = np.asarray(initial, np.float32)
+        if len(initial) == 0 or len(initial) % num_classes:
+            expected = f"as many images for each of {num_classes} classes"
+            raise _validate.invalid("initial", initial.shape, expected)
+        self.support = self.add_weight(
+            name="support",
+            shape=initial.shape,
+            initializer=lambda *_, **__: tf.constant(initial),
+        )
+        self.labels = balanced_labels(len(initial) // num_classes, num_classes)
+        self.built = True
+        _check_memory(self.support.shape, self._width())
+        self._releases: RecordSums | None = None
+        self._delta = 0.0
+
+    def call(self, embedded: tf.Tensor) -> tf.Tensor:
+        """Predicts embedded records `[batch, features]`, float32 `[batch, classes]`."""
+        support = self.kernel.embed(self.support.value)
+        return self.kernel.between(embedded, support) @ self._coefficients(support)
+
+    def fit(  # type: ignore[override]
+        self,
+        x: np.ndarray,
+        y: np.ndarray,
+        *,
+        target_epsilon: float,
+        delta: float,
+    ) -> DPKIP:
+        """Learns the support images and spends the whole budget.
+
+        Args:
+            x: private records, float `[records, ...]`.
+            y: their labels, int `[records]`.
+            target_epsilon: the epsilon per record that is not passed.
+            delta: strictly between 0 and 1.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: an argument is out of range.
+            RuntimeError: the model was fitted before.
+        """
+        if self._releases is not None:
+            raise RuntimeError(
+                "This model was fitted before, and a second fit would spend a second "
+                "budget on the same records. Make a new model."
+            )
+        plan = self.training_plan
+        labels = check_labels(y, len(x), self.num_classes)
+        multiplier = noise_multiplier_for(
+            target_epsilon,
+            delta,
+            lambda noise: _all_steps(plan, noise),
+            RELATION,
+            plan.accountant,
+        )
+        self._delta = delta
+        self._releases = RecordSums(
+            mechanism="DPKIP",
+            l2_norm=plan.l2_norm,
+            noise_multiplier=multiplier,
+            sampling_probability=plan.sampling_probability,
+            seed=self.seed,
+        )
+        self.optimizer = keras.optimizers.Adam(plan.learning_rate)
+        self.optimizer.build([self.support])
+        embedded = embed_in_batches(self.kernel, x)
+        for _ in range(plan.steps):
+            self.train_step((embedded, labels))
+        return self
+
+    def train_step(self, data: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+        """One private step.
+
+        Args:
+            data: embedded records `[records, features]` and labels `[records]`, all
+                of them; the sample is drawn here.
+
+        Returns:
+            Nothing that was measured on private records.
+        """
+        if self._releases is None:
+            raise RuntimeError("The noise is not calibrated. Call `fit`.")
+        embedded, labels = data
+        self._releases.begin()
+        chosen = self._releases.sample(len(embedded)).numpy()
+        total = self.clipped_gradient_sum(embedded[chosen], labels[chosen])
+        expected = self._releases.sampling_probability * len(embedded)
+        gradient = self._releases.add_noise(total) / expected
+        self.optimizer.apply_gradients([(gradient, self.support)])
+        return {}
+
+    def clipped_gradient_sum(
+        self, embedded: np.ndarray, labels: np.ndarray
+    ) -> tf.Tensor:
+        """Sum of the clipped gradients of embedded records.
+
+        Args:
+            embedded: float32 `[n, features]`, perhaps none.
+            labels: int `[n]`.
+
+        Returns:
+            float32, of the shape of the support.
+
+        **Privacy**: moves by at most `l2_norm` if one record is left out; a record
+        with a feature that is not finite, or above 1e6 in size, counts as zero.
+        """
+        support = self.kernel.embed(self.support.value)
+        shape = self.support.shape
+        total = tf.zeros([shape[0], math.prod(shape[1:])])
+        if not len(embedded):
+            return tf.reshape(total, shape)
+        jacobians = embedding_jacobians(self.kernel, self.support.value)
+        # Left in, a NaN would spread to the records that are differentiated with it.
+        usable = np.all(np.abs(embedded) <= _LARGEST_FEATURE, axis=1)
+        embedded, labels = embedded[usable], labels[usable]
+        targets = centred_one_hot(labels, self.num_classes)
+        for start in range(0, len(embedded), _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            gradients = self._gradients(support, embedded[chunk], targets[chunk])
+            if jacobians is not None:
+                gradients = tf.einsum("bnd,ndp->bnp", gradients, jacobians)
+            total += _sum_clipped(gradients, self.training_plan.l2_norm)
+        return tf.reshape(total, shape)
+
+    def distilled(self) -> DistilledDataset:
+        """The support images with their guarantee."""
+        return DistilledDataset(
+            images=self.support.numpy(),
+            labels=self.labels,
+            num_classes=self.num_classes,
+            statement=self.privacy_statement(),
+        )
+
+    @property
+    def ledger(self) -> Ledger:
+        """What was released."""
+        return Ledger() if self._releases is None else self._releases.ledger
+
+    def privacy_statement(self) -> PrivacyStatement:
+        """The guarantee of the support images.
+
+        Raises:
+            RuntimeError: the model was not fitted.
+        """
+        if self._releases is None:
+            raise RuntimeError("Nothing was released yet. Call `fit` first.")
+        return self._releases.statement(
+            delta=self._delta,
+            accountant=self.training_plan.accountant,
+            covered=("distilled data set",),
+            steps=self.training_plan.steps,
+        )
+
+    def _coefficients(self, support: tf.Tensor) -> tf.Tensor:
+        targets = tf.constant(centred_one_hot(self.labels, self.num_classes))
+        gram = self.kernel.between(support, support)
+        return ridge_solve(gram, targets, self.training_plan.penalty)
+
+    def _gradients(
+        self, support: tf.Tensor, embedded: np.ndarray, targets: np.ndarray
+    ) -> tf.Tensor:
+        """Each record's gradient with respect to the embedded support.
+
+        The loss is half the mean square over the classes.
+
+        Returns:
+            float32 `[records, support, features]`.
+        """
+        with tf.GradientTape() as tape:
+            tape.watch(support)
+            gram = self.kernel.between(tf.constant(embedded), support)
+            residuals = gram @ self._coefficients(support) - targets
+            losses = 0.5 * tf.reduce_mean(residuals**2, axis=1)
+        return tape.jacobian(losses, support)
+
+    def _width(self) -> int:
+        one = tf.zeros([1, *self.support.shape[1:]])
+        return int(self.kernel.embed(one).shape[1])
+
+
+def _all_steps(plan: KIPTraining, multiplier: float) -> dp_accounting.DpEvent:
+    step = sum_event(multiplier, plan.sampling_probability)
+    return dp_accounting.SelfComposedDpEvent(step, plan.steps)
+
+
+def _sum_clipped(gradients: tf.Tensor, l2_norm: float) -> tf.Tensor:
+    """Clips each record's gradient `[records, support, pixels]` and adds them up."""
+    finite = tf.reduce_all(tf.math.is_finite(gradients), axis=[1, 2], keepdims=True)
+    usable = tf.where(finite, gradients, 0.0)
+    return tf.reduce_sum(tf.clip_by_norm(usable, l2_norm, axes=[1, 2]), axis=0)
+
+
+def _check_memory(shape: tf.TensorShape, width: int) -> None:
+    """Refuses a support whose gradients would not fit, naming the size that would."""
+    pixels = math.prod(shape[1:])
+    per_image = _CHUNK * (width + pixels) + width * pixels
+    largest = _LARGEST // per_image
+    if shape[0] > largest:
+        expected = f"at most {largest} support images in all, which take 4 GiB"
+        mend = "Ask for fewer images per class, or use `distill`."
+        raise _validate.invalid("initial", tuple(shape), expected, mend)

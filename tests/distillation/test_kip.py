@@ -1,0 +1,135 @@
+"""DP-KIP: per-record gradients, their bound, the ledger and learning."""
+
+import dp_accounting
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dp_transcribe.distillation import (
+    DPKIP,
+    KernelRidgeClassifier,
+    KIPTraining,
+    NTKKernel,
+    RBFKernel,
+    ScatteringKernel,
+)
+from dp_transcribe.distillation.ridge import centred_one_hot
+from dp_transcribe.privacy import Unit
+
+RNG = np.random.default_rng(0)
+SCATTERING = ScatteringKernel((4, 4, 1), groups=1, scale=1, orientations=2)
+KERNELS = {
+    "scattering": (SCATTERING, (4, 4, 1)),
+    "ntk": (NTKKernel(2), (5,)),
+    "rbf": (RBFKernel(0.3), (5,)),
+}
+
+
+def make(name, l2_norm=1.0, **plan):
+    kernel, shape = KERNELS[name]
+    initial = RNG.random((4, *shape)).astype(np.float32)
+    model = DPKIP(kernel, initial, 2, KIPTraining(l2_norm=l2_norm, **plan), seed=1)
+    records = RNG.random((9, *shape)).astype(np.float32)
+    return model, kernel.embed(records).numpy(), RNG.integers(0, 2, 9)
+
+
+def naive_gradient(model, embedded, label):
+    """Back-propagates through everything for one record."""
+    target = centred_one_hot(np.array([label]), 2)
+    with tf.GradientTape() as tape:
+        outputs = model(tf.constant(embedded[None]))
+        loss = 0.5 * tf.reduce_mean((outputs - target) ** 2)
+    return tape.gradient(loss, model.support.value).numpy()
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("l2_norm", [1e-3, 1e6])
+def test_sum_equals_one_by_one_back_propagation(name, l2_norm):
+    model, embedded, labels = make(name, l2_norm)
+    expected = 0.0
+    for record, label in zip(embedded, labels, strict=True):
+        gradient = naive_gradient(model, record, label)
+        expected += gradient * min(1.0, l2_norm / np.linalg.norm(gradient))
+    summed = model.clipped_gradient_sum(embedded, labels).numpy()
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(summed / scale, expected / scale, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_leaving_one_record_out_moves_the_sum_by_at_most_the_bound(name):
+    model, embedded, labels = make(name, l2_norm=1e-3)
+    whole = model.clipped_gradient_sum(embedded, labels).numpy()
+    moved = []
+    for left_out in range(len(labels)):
+        keep = np.arange(len(labels)) != left_out
+        rest = model.clipped_gradient_sum(embedded[keep], labels[keep]).numpy()
+        moved.append(np.linalg.norm(whole - rest))
+    assert max(moved) <= 1e-3 * (1 + 1e-3)
+    assert max(moved) > 0.9e-3
+
+
+def test_a_record_that_is_not_finite_counts_as_zero():
+    model, embedded, labels = make("rbf")
+    expected = model.clipped_gradient_sum(embedded[1:], labels[1:])
+    embedded[0, 2] = np.nan
+    summed = model.clipped_gradient_sum(embedded, labels)
+    np.testing.assert_allclose(summed, expected, atol=1e-6)
+
+
+def test_no_records_give_a_zero_sum():
+    model, embedded, labels = make("scattering")
+    summed = model.clipped_gradient_sum(embedded[:0], labels[:0]).numpy()
+    np.testing.assert_array_equal(summed, np.zeros((4, 4, 4, 1)))
+
+
+def test_it_learns_and_the_ledger_equals_dp_accounting():
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 2, 2000)
+    records = rng.normal(size=(2000, 5)) + 1.5 * np.where(labels, 1, -1)[:, None]
+    plan = KIPTraining(
+        steps=30, learning_rate=0.2, sampling_probability=0.1, l2_norm=0.1
+    )
+    initial = rng.normal(size=(2, 5))
+    model = DPKIP(RBFKernel(0.1), initial, 2, plan, seed=2)
+    model.fit(records, labels, target_epsilon=2.0, delta=1e-5)
+    distilled = model.distilled()
+    ridge = KernelRidgeClassifier(RBFKernel(0.1)).fit(
+        distilled.images, distilled.labels
+    )
+    assert ridge.score(records, labels) > 0.95
+    accountant = dp_accounting.rdp.RdpAccountant()
+    noise = dp_accounting.GaussianDpEvent(
+        distilled.statement.details["noise_multiplier"]
+    )
+    accountant.compose(dp_accounting.PoissonSampledDpEvent(0.1, noise), 30)
+    assert distilled.statement.unit is Unit.RECORD
+    assert distilled.statement.epsilon == pytest.approx(accountant.get_epsilon(1e-5))
+    assert model.ledger.releases(Unit.RECORD) == 30
+    with pytest.raises(RuntimeError, match="second budget"):
+        model.fit(records, labels, target_epsilon=2.0, delta=1e-5)
+
+
+def test_empty_samples_are_counted_and_noised():
+    plan = KIPTraining(steps=3, sampling_probability=1e-9)
+    start = np.zeros((2, 5), np.float32)
+    model = DPKIP(RBFKernel(), start, 2, plan, seed=1)
+    model.fit(np.ones((4, 5)), np.array([0, 1, 0, 1]), target_epsilon=1.0, delta=1e-5)
+    assert model.ledger.releases(Unit.RECORD) == 3
+    assert not np.array_equal(model.support.numpy(), start)
+
+
+def test_labels_outside_the_range_are_refused():
+    model, _, _ = make("rbf")
+    with pytest.raises(ValueError, match="labels"):
+        model.fit(np.ones((2, 5)), np.array([0, 2]), target_epsilon=1.0, delta=1e-5)
+
+
+def test_a_support_that_does_not_divide_by_the_classes_is_refused():
+    with pytest.raises(ValueError, match="each of 2 classes"):
+        DPKIP(RBFKernel(), np.zeros((3, 5)), 2)
+
+
+def test_more_images_than_fit_into_memory_are_refused_with_the_number():
+    kernel = ScatteringKernel((28, 28, 1))
+    with pytest.raises(ValueError, match="at most 314 support images"):
+        DPKIP(kernel, np.zeros((500, 28, 28, 1), np.float32), 10)
