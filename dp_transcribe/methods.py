@@ -230,10 +230,10 @@ def _transcriber(
         queries=queries,
         public_prior=prior,
         public_share=0.9,
+        schedule=schedule,
         objective=GeneratorObjective(one_hot=1.0, information_entropy=5.0),
         **kwargs,
     )
-    transcriber.schedule = schedule
     transcriber.compile(
         student_optimizer=optimizer,
         generator_optimizer=keras.optimizers.Adam(2e-4),

@@ -77,6 +77,7 @@ class DPTranscriber(keras.Model):
             the place of a uniform prior, with an answer mechanism.
         generator_covered: whether the generator is as private as the student: it was
             never guided by the teacher. Goes into the statement.
+        schedule: epochs and steps per epoch that `fit` takes by default.
         seed: None for secret noise. A given seed is for tests: the statement says so.
 
     **Privacy**: unit `RESPONSE`; the ledger is written before a noisy result is used.
@@ -110,6 +111,7 @@ class DPTranscriber(keras.Model):
         replay_batch_size: int = 512,
         uniform_prior_queries: int = 0,
         generator_covered: bool = True,
+        schedule: tuple[int, int] = (1, 100),
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -144,7 +146,7 @@ class DPTranscriber(keras.Model):
         self.noise = NoiseSource(self.seed)
         self.ledger = Ledger()
         self.delta: float | None = None
-        self.schedule = (1, 100)
+        self.schedule = tuple(_validate.positive_int("schedule", n) for n in schedule)
         self._learner: GradientLearner | AnswerLearner | None = None
         self._pool_number = 0
         self._pool_updates = 0
@@ -658,6 +660,7 @@ _PLAIN_ARGUMENTS = (
     "replay_batch_size",
     "uniform_prior_queries",
     "generator_covered",
+    "schedule",
     "seed",
 )
 _KINDS: dict[str, Any] = {

@@ -4,16 +4,28 @@ import pytest
 import tensorflow as tf
 
 from dp_transcribe.generators import (
+    DOMAINS,
     DeadLeaves,
+    Figures,
     Mixture,
     PowerLawNoise,
     ProceduralGenerator,
     RandomStrokes,
     Silhouettes,
     SmoothNoise,
+    Wedges,
+    default_prior,
 )
 
-SOURCES = [RandomStrokes, SmoothNoise, DeadLeaves, PowerLawNoise, Silhouettes]
+SOURCES = [
+    RandomStrokes,
+    SmoothNoise,
+    DeadLeaves,
+    PowerLawNoise,
+    Silhouettes,
+    Figures,
+    Wedges,
+]
 SHAPES = [(28, 28, 1), (32, 32, 3), (20, 27, 3)]
 
 
@@ -99,6 +111,11 @@ def test_every_argument_is_in_the_config_and_matters(source):
         "symmetry": 0.0,
         "shading": 0.0,
         "striped": 0.0,
+        "legs": 1.0,
+        "arms": 0.0,
+        "body": 1.0,
+        "handle": 1.0,
+        "straps": 1.0,
     }
     default = _images(source((28, 28, 1)))
     for name in set(config) - {"image_shape", "output_range"}:
@@ -224,3 +241,26 @@ def test_a_mixture_is_fair_on_average_and_shuffled():
 def test_bad_arguments_are_named(build, argument):
     with pytest.raises(ValueError, match=f"Invalid value for argument `{argument}`"):
         build()
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+@pytest.mark.parametrize("image_shape", [(28, 28, 1), (32, 32, 3)])
+def test_default_priors_fit_any_image_shape(domain, image_shape):
+    prior = default_prior(image_shape, domain=domain, output_range=(-1.0, 1.0))
+    images = prior.sample(40, tf.constant([1, 2])).numpy()
+    assert images.shape == (40, *image_shape)
+    assert -1.0 <= images.min() < images.max() <= 1.0
+    assert images.std(axis=0).mean() > 0.1  # not all alike
+    assert prior.from_config(prior.get_config()).get_config() == prior.get_config()
+
+
+def test_unknown_domain_is_refused():
+    with pytest.raises(ValueError, match="domain"):
+        default_prior((28, 28, 1), domain="faces")
+
+
+def test_figures_are_mirror_images_of_themselves_but_for_their_texture():
+    images = Figures((28, 28, 1), legs=1.0).sample(200, tf.constant([3, 4])).numpy()
+    mask = images[..., 0] > 0.05
+    agree = (mask == mask[:, :, ::-1]).mean()
+    assert agree > 0.93
