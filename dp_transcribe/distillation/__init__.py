@@ -14,9 +14,15 @@ from dp_transcribe.distillation.linear import LinearTraining, PrivateLinearModel
 from dp_transcribe.distillation.ridge import KernelRidgeClassifier
 from dp_transcribe.distillation.scattering import Scattering
 from dp_transcribe.distillation.synthesis import Synthesis, synthesize
+from dp_transcribe.distillation.tabular import (
+    CategoricalColumn,
+    NumericColumn,
+    TableEncoder,
+)
 from dp_transcribe.distillation.whitening import PublicWhitening
 
 __all__ = [
+    "CategoricalColumn",
     "DPKIP",
     "Distillation",
     "DistilledDataset",
@@ -25,12 +31,14 @@ __all__ = [
     "KernelRidgeClassifier",
     "LinearTraining",
     "NTKKernel",
+    "NumericColumn",
     "PrivateLinearModel",
     "PublicWhitening",
     "RBFKernel",
     "Scattering",
     "ScatteringKernel",
     "Synthesis",
+    "TableEncoder",
     "balanced_labels",
     "distill",
     "embed_in_batches",

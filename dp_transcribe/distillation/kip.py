@@ -223,7 +223,9 @@ class DPKIP(keras.Model):
         targets = centred_one_hot(labels, self.num_classes)
         for start in range(0, len(embedded), _CHUNK):
             chunk = slice(start, start + _CHUNK)
-            gradients = self._gradients(support, embedded[chunk], targets[chunk])
+            gradients = self._gradients(
+                support, tf.constant(embedded[chunk]), tf.constant(targets[chunk])
+            )
             if jacobians is not None:
                 gradients = tf.einsum("bnd,ndp->bnp", gradients, jacobians)
             total += _sum_clipped(gradients, self.training_plan.l2_norm)
@@ -263,8 +265,9 @@ class DPKIP(keras.Model):
         gram = self.kernel.between(support, support)
         return ridge_solve(gram, targets, self.training_plan.penalty)
 
+    @tf.function(reduce_retracing=True)
     def _gradients(
-        self, support: tf.Tensor, embedded: np.ndarray, targets: np.ndarray
+        self, support: tf.Tensor, embedded: tf.Tensor, targets: tf.Tensor
     ) -> tf.Tensor:
         """Each record's gradient with respect to the embedded support.
 
@@ -275,7 +278,7 @@ class DPKIP(keras.Model):
         """
         with tf.GradientTape() as tape:
             tape.watch(support)
-            gram = self.kernel.between(tf.constant(embedded), support)
+            gram = self.kernel.between(embedded, support)
             residuals = gram @ self._coefficients(support) - targets
             losses = 0.5 * tf.reduce_mean(residuals**2, axis=1)
         return tape.jacobian(losses, support)
