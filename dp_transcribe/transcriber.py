@@ -33,6 +33,7 @@ from dp_transcribe.mechanisms.randomized_response import (
     SelectiveRandomizedResponse,
 )
 from dp_transcribe.mechanisms.weight_gradient import ClippedGradient, NormalizedGradient
+from dp_transcribe.privacy.accounting import ACCOUNTANTS
 from dp_transcribe.privacy.ledger import Ledger, Spend
 from dp_transcribe.privacy.statement import PrivacyStatement, statement_from_ledger
 from dp_transcribe.queries import FreshQueries, Queries, QueryPool
@@ -146,6 +147,7 @@ class DPTranscriber(keras.Model):
         self.noise = NoiseSource(self.seed)
         self.ledger = Ledger()
         self.delta: float | None = None
+        self.accountant = "rdp"
         self.schedule = tuple(_validate.positive_int("schedule", n) for n in schedule)
         self._learner: GradientLearner | AnswerLearner | None = None
         self._pool_number = 0
@@ -341,6 +343,7 @@ class DPTranscriber(keras.Model):
         steps_per_epoch: int | None = None,
         target_epsilon: float | None = None,
         delta: float = DEFAULT_DELTA,
+        accountant: str = "rdp",
         validation_data: Any = None,
         callbacks: Any = None,
         verbose: Any = "auto",
@@ -355,6 +358,8 @@ class DPTranscriber(keras.Model):
             target_epsilon: never passed, per answer of the teacher (unit
                 `RESPONSE`). Fixes the noise of a mechanism that has none yet.
             delta: of the target and of the epsilon that is shown.
+            accountant: of the target and of the epsilon that is shown: `"rdp"`, or
+                `"pld"`, which is tighter, so needs less noise, and takes seconds.
             validation_data: `(images, labels)`. What is chosen by it is chosen by
                 data that the guarantee does not cover: say so.
             callbacks: Keras callbacks.
@@ -375,6 +380,7 @@ class DPTranscriber(keras.Model):
         _validate.positive_int("epochs", epochs)
         _validate.positive_int("steps_per_epoch", steps_per_epoch)
         self.delta = _validate.fraction_open("delta", delta)
+        self.accountant = _validate.one_of("accountant", accountant, ACCOUNTANTS)
         if not self.compiled:
             raise ValueError("Call `compile` before `fit`.")
         self._calibrate(target_epsilon)
@@ -406,7 +412,7 @@ class DPTranscriber(keras.Model):
                 "`fit`, or give the mechanism its noise."
             )
         self._mechanism = self.mechanism.calibrated(
-            target_epsilon, self._delta, self.queries.schedule
+            target_epsilon, self._delta, self.queries.schedule, self.accountant
         )
         logger.info("Calibrated to epsilon %s: %s", target_epsilon, self.mechanism)
 
@@ -471,17 +477,17 @@ class DPTranscriber(keras.Model):
             raise _validate.invalid("updates", limit, expected)
         if target_epsilon is None:
             return limit
-        unit, delta = self.mechanism.unit, self._delta
-        spent = self.ledger.epsilon(unit=unit, delta=delta)
+        spent = self.ledger.epsilon(**self._terms)
         spend = self.queries.spend(self.mechanism, self._pool_number + 1)
         allowed = self.ledger.max_count(
-            spend, unit=unit, delta=delta, target_epsilon=target_epsilon, limit=limit
+            spend, target_epsilon=target_epsilon, limit=limit, **self._terms
         )
         if spent > target_epsilon or allowed < needed:
-            cost = self.ledger.epsilon_after(spend, needed, unit=unit, delta=delta)
+            cost = self.ledger.epsilon_after(spend, needed, **self._terms)
+            unit = self.mechanism.unit.value
             raise BudgetExceededError(
-                f"The next step would pass target_epsilon={target_epsilon} per "
-                f"{unit.value} at delta={delta}: {spent:.4g} is spent, and {needed} "
+                f"The next step would pass target_epsilon={target_epsilon} per {unit} "
+                f"at delta={self._delta}: {spent:.4g} is spent, and {needed} "
                 f"release(s) of {self.mechanism} bring it to {cost:.4g}. Nothing was "
                 "spent. Use more noise, or leave the noise out to have it computed."
             )
@@ -527,24 +533,28 @@ class DPTranscriber(keras.Model):
             if budget == self.queries.updates:
                 counts[pool + 1] = min(max(ahead - here, 0), whole)
         return max(
-            self.ledger.epsilon_after(
-                self._spend(pool), count, unit=self.mechanism.unit, delta=self._delta
-            )
+            self.ledger.epsilon_after(self._spend(pool), count, **self._terms)
             for pool, count in counts.items()
         )
+
+    @property
+    def _terms(self) -> dict[str, Any]:
+        """Unit, delta and accountant of the target and of what is shown."""
+        unit = self.mechanism.unit
+        return {"unit": unit, "delta": self._delta, "accountant": self.accountant}
 
     @property
     def _delta(self) -> float:
         return self.delta or DEFAULT_DELTA
 
     def privacy_statement(
-        self, *, delta: float | None = None, accountant: str = "rdp"
+        self, *, delta: float | None = None, accountant: str | None = None
     ) -> PrivacyStatement:
         """What the student's guarantee is, and what it is not.
 
         Args:
             delta: by default that of `fit`.
-            accountant: `"rdp"` or `"pld"`.
+            accountant: `"rdp"` or `"pld"`, by default that of `fit`.
 
         Returns:
             The statement, of unit `RESPONSE`.
@@ -556,7 +566,7 @@ class DPTranscriber(keras.Model):
             unit=self.mechanism.unit,
             relation=self.mechanism.relation,
             delta=delta or self._delta,
-            accountant=accountant,
+            accountant=accountant or self.accountant,
             mechanism=self.mechanism.name,
             covered=covered,
             not_covered=not_covered,
@@ -603,6 +613,7 @@ class DPTranscriber(keras.Model):
         state = {
             "pool_number": self._pool_number,
             "delta": self.delta,
+            "accountant": self.accountant,
             "mechanism": self.mechanism.get_config(),
             "seed": self.seed,
         }
@@ -620,7 +631,8 @@ class DPTranscriber(keras.Model):
         self.ledger = Ledger.from_json(_as_text(store["ledger"]))
         state = json.loads(_as_text(store["state"]))
         self._mechanism = type(self.mechanism)(**state["mechanism"])
-        self.delta, self.seed = state["delta"], state["seed"]
+        self.delta, self.accountant = state["delta"], state["accountant"]
+        self.seed = state["seed"]
         self._pool_number = state["pool_number"]
         self._forget_run()
         weights = _numbered(store, "teacher")

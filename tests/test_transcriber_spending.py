@@ -133,3 +133,25 @@ def test_epsilon_is_infinite_without_noise_and_the_statement_says_so():
     history = fit(model)
     assert history.history["epsilon"] == [np.inf]
     assert not model.privacy_statement().is_private
+
+
+def test_the_tighter_accountant_needs_less_noise_and_keeps_its_target():
+    noise = {}
+    for accountant in ("rdp", "pld"):
+        transcriber = tiny.transcriber(
+            NormalizedGradient(),
+            queries=QueryPool(size=64, batch_size=16, updates=8),
+        )
+        transcriber.fit(
+            epochs=2,
+            steps_per_epoch=4,
+            target_epsilon=1.0,
+            delta=tiny.DELTA,
+            accountant=accountant,
+            verbose=0,
+        )
+        noise[accountant] = transcriber.mechanism.noise_multiplier
+        statement = transcriber.privacy_statement()
+        assert statement.accountant == accountant
+        assert statement.epsilon <= 1.0
+    assert noise["pld"] < 0.97 * noise["rdp"]

@@ -58,6 +58,7 @@ class Mechanism(abc.ABC):
         target_epsilon: float,
         delta: float,
         schedule: Callable[[Event], Event],
+        accountant: str = "rdp",
     ) -> MechanismT:
         """A copy with the least noise that keeps a target.
 
@@ -66,6 +67,7 @@ class Mechanism(abc.ABC):
             delta: strictly between 0 and 1.
             schedule: turns the cost of one release into what an answer bears over
                 the whole run; it comes from the sampler of the queries.
+            accountant: `"rdp"` or `"pld"`, which is tighter: less noise.
 
         Returns:
             The copy; its epsilon never exceeds the target.
@@ -181,9 +183,10 @@ class GradientMechanism(Mechanism):
         target_epsilon: float,
         delta: float,
         schedule: Callable[[Event], Event],
+        accountant: str = "rdp",
     ) -> GradientT:
         """A copy with the least noise multiplier that keeps the target."""
-        return calibrated_gaussian(self, target_epsilon, delta, schedule)
+        return calibrated_gaussian(self, target_epsilon, delta, schedule, accountant)
 
     def check(self, num_classes: int) -> None:
         """Fits any number of classes."""
@@ -351,6 +354,7 @@ def calibrated_gaussian(
     target_epsilon: float,
     delta: float,
     schedule: Callable[[Event], Event],
+    accountant: str = "rdp",
 ) -> Any:
     """A copy of a Gaussian mechanism with the least noise that keeps a target."""
     found = noise_multiplier_for(
@@ -358,5 +362,6 @@ def calibrated_gaussian(
         delta,
         lambda multiplier: schedule(gaussian_event(multiplier)),
         mechanism.relation,
+        accountant,
     )
     return dataclasses.replace(mechanism, noise_multiplier=found)

@@ -67,10 +67,14 @@ class NoisyAnswer(AnswerMechanism):
         return gaussian_event(self.noise_multiplier)
 
     def calibrated(
-        self, target_epsilon: float, delta: float, schedule: Callable[[Event], Event]
+        self,
+        target_epsilon: float,
+        delta: float,
+        schedule: Callable[[Event], Event],
+        accountant: str = "rdp",
     ) -> NoisyAnswer:
         """A copy with the least noise multiplier that keeps the target."""
-        return calibrated_gaussian(self, target_epsilon, delta, schedule)
+        return calibrated_gaussian(self, target_epsilon, delta, schedule, accountant)
 
     def check(self, num_classes: int) -> None:
         """Refuses a `top_k` above the number of classes."""

@@ -52,7 +52,11 @@ class RandomizedResponse(AnswerMechanism):
         return PureDpEvent(self._epsilon)
 
     def calibrated(
-        self, target_epsilon: float, delta: float, schedule: Callable[[Event], Event]
+        self,
+        target_epsilon: float,
+        delta: float,
+        schedule: Callable[[Event], Event],
+        accountant: str = "rdp",
     ) -> RandomizedResponse:
         """A copy whose epsilon is the target: an answer is released once."""
         _validate.fraction_open("delta", delta)
