@@ -6,6 +6,7 @@ writes report.json, statement.txt, distilled.npz, statement.json and images.png.
 guarantee is for people: unit RECORD.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -18,15 +19,20 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy as np
+import tensorflow as tf
 from absl import app, flags
 
 from dp_transcribe import _validate
 from dp_transcribe.data import DATASETS, ImageDataset, load_dataset
 from dp_transcribe.distillation import (
+    DPKIP,
     Distillation,
     DistilledDataset,
+    Kernel,
     KernelRidgeClassifier,
-    LinearTraining,
+    KIPTraining,
+    NTKKernel,
+    RBFKernel,
     ScatteringKernel,
     Synthesis,
     distill,
@@ -41,8 +47,8 @@ PUBLIC_SOURCES = {
     "fashion_mnist": Silhouettes,
     "cifar10": DeadLeaves,
 }
-ROUTES = ("linear",)
-KERNELS = ("scattering",)
+ROUTES = ("linear", "dpkip")
+KERNELS = ("scattering", "ntk", "rbf")
 NOTE = (
     "Accuracies were measured on test images for this report; nothing was chosen by "
     "them in this run. The statement covers the images, not this report."
@@ -55,7 +61,7 @@ flags.DEFINE_enum("kernel", "scattering", KERNELS, "Kernel.")
 flags.DEFINE_enum("route", "linear", ROUTES, "How private information enters.")
 flags.DEFINE_float("epsilon", 1.0, "Epsilon per record.")
 flags.DEFINE_float("delta", 1e-5, "Delta.")
-flags.DEFINE_integer("steps", 80, "Noisy steps.", lower_bound=1)
+flags.DEFINE_integer("steps", None, "Noisy steps, if not the route's own.")
 flags.DEFINE_integer("synthesis_steps", 200, "Steps on the images.", lower_bound=1)
 flags.DEFINE_integer("convnet_epochs", 200, "Epochs of the ConvNet.", lower_bound=0)
 flags.DEFINE_string("data_dir", None, "Folder prepared by tensorflow-datasets.")
@@ -85,31 +91,84 @@ class Stopwatch:
 
 
 def private_features(
-    dataset: ImageDataset, kernel: ScatteringKernel, cache_dir: str | None
+    dataset: ImageDataset, kernel: Kernel, cache_dir: str | None
 ) -> np.ndarray:
     """Features of the private images, from the cache if they are there."""
     if cache_dir is None:
         return embed_in_batches(kernel, dataset.train_images)
     folder = _validate.writable_dir("cache_dir", cache_dir)
-    path = folder / f"{dataset.name}-{dataset.source}-scattering.npy"
+    path = folder / f"{dataset.name}-{dataset.source}-{FLAGS.kernel}.npy"
     if not path.exists():
         np.save(path, embed_in_batches(kernel, dataset.train_images))
     return np.load(path, mmap_mode="r")
 
 
+def make_kernel(image_shape: tuple[int, ...]) -> Kernel:
+    """The kernel that the flags say."""
+    if FLAGS.kernel == "scattering":
+        height, width, colours = image_shape
+        return ScatteringKernel((height, width, colours))
+    if FLAGS.route == "linear":
+        mend = "Take the scattering kernel, or --route=dpkip."
+        expected = "'scattering' for the route 'linear'"
+        raise _validate.invalid("kernel", FLAGS.kernel, expected, mend)
+    return NTKKernel() if FLAGS.kernel == "ntk" else RBFKernel()
+
+
 def settings() -> Distillation:
-    """The settings that the flags say."""
+    """The settings of the linear route that the flags say."""
     training = Distillation().training
+    if FLAGS.steps is not None:
+        training = dataclasses.replace(training, steps=FLAGS.steps)
     return Distillation(
-        training=LinearTraining(
-            steps=FLAGS.steps,
-            learning_rate=training.learning_rate,
-            l2_norm=training.l2_norm,
-        ),
+        training=training,
         synthesis=Synthesis(
             images_per_class=FLAGS.images_per_class, steps=FLAGS.synthesis_steps
         ),
     )
+
+
+def by_linear_model(
+    dataset: ImageDataset, kernel: Kernel, cache_dir: str | None, watch: Stopwatch
+) -> DistilledDataset:
+    """Through a private linear model; the images are made from it at no cost."""
+    features = private_features(dataset, kernel, cache_dir)
+    watch.lap("features")
+    return distill(
+        dataset.train_images,
+        dataset.train_labels,
+        num_classes=dataset.num_classes,
+        kernel=kernel,
+        source=PUBLIC_SOURCES[dataset.name](dataset.image_shape),
+        target_epsilon=FLAGS.epsilon,
+        delta=FLAGS.delta,
+        settings=settings(),
+        features=features,
+        seed=FLAGS.seed,
+    )[0]
+
+
+def by_dpkip(
+    dataset: ImageDataset, kernel: Kernel, cache_dir: str | None, watch: Stopwatch
+) -> DistilledDataset:
+    """DP-KIP from public images of no class in particular."""
+    count = FLAGS.images_per_class * dataset.num_classes
+    source = PUBLIC_SOURCES[dataset.name](dataset.image_shape)
+    initial = source.sample(count, tf.constant([FLAGS.seed or 0, 0])).numpy()
+    plan = KIPTraining()
+    if FLAGS.steps is not None:
+        plan = dataclasses.replace(plan, steps=FLAGS.steps)
+    model = DPKIP(kernel, initial, dataset.num_classes, plan, seed=FLAGS.seed)
+    features = private_features(dataset, kernel, cache_dir)
+    watch.lap("features")
+    model.fit(
+        dataset.train_images,
+        dataset.train_labels,
+        target_epsilon=FLAGS.epsilon,
+        delta=FLAGS.delta,
+        embedded=features,
+    )
+    return model.distilled()
 
 
 def convnet_accuracy(distilled: DistilledDataset, dataset: ImageDataset) -> float:
@@ -154,21 +213,9 @@ def run() -> dict[str, Any]:
     folder = _validate.writable_dir("output_dir", FLAGS.output_dir or default)
     watch = Stopwatch()
     dataset = load_dataset(FLAGS.dataset, FLAGS.data_dir)
-    kernel = ScatteringKernel(dataset.image_shape)
-    features = private_features(dataset, kernel, FLAGS.cache_dir)
-    watch.lap("features")
-    distilled, _ = distill(
-        dataset.train_images,
-        dataset.train_labels,
-        num_classes=dataset.num_classes,
-        kernel=kernel,
-        source=PUBLIC_SOURCES[FLAGS.dataset](dataset.image_shape),
-        target_epsilon=FLAGS.epsilon,
-        delta=FLAGS.delta,
-        settings=settings(),
-        features=features,
-        seed=FLAGS.seed,
-    )
+    kernel = make_kernel(dataset.image_shape)
+    route = by_linear_model if FLAGS.route == "linear" else by_dpkip
+    distilled = route(dataset, kernel, FLAGS.cache_dir, watch)
     watch.lap("distillation")
     distilled.save(folder)
     distilled.save_grid(folder / "images.png")
@@ -179,7 +226,7 @@ def run() -> dict[str, Any]:
 def measure(
     distilled: DistilledDataset,
     dataset: ImageDataset,
-    kernel: ScatteringKernel,
+    kernel: Kernel,
     watch: Stopwatch,
 ) -> dict[str, float]:
     """Test accuracies of classifiers that saw the distilled images alone."""

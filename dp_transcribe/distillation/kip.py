@@ -130,6 +130,7 @@ class DPKIP(keras.Model):
         *,
         target_epsilon: float,
         delta: float,
+        embedded: np.ndarray | None = None,
     ) -> DPKIP:
         """Learns the support images and spends the whole budget.
 
@@ -138,6 +139,7 @@ class DPKIP(keras.Model):
             y: their labels, int `[records]`.
             target_epsilon: the epsilon per record that is not passed.
             delta: strictly between 0 and 1.
+            embedded: the embeddings of `x`, if they are there already.
 
         Returns:
             The model.
@@ -153,6 +155,9 @@ class DPKIP(keras.Model):
             )
         plan = self.training_plan
         labels = check_labels(y, len(x), self.num_classes)
+        if embedded is not None and len(embedded) != len(x):
+            expected = f"None or one row for each of {len(x)} records"
+            raise _validate.invalid("embedded", np.shape(embedded), expected)
         multiplier = noise_multiplier_for(
             target_epsilon,
             delta,
@@ -170,7 +175,8 @@ class DPKIP(keras.Model):
         )
         self.optimizer = keras.optimizers.Adam(plan.learning_rate)
         self.optimizer.build([self.support])
-        embedded = embed_in_batches(self.kernel, x)
+        if embedded is None:
+            embedded = embed_in_batches(self.kernel, x)
         for _ in range(plan.steps):
             self.train_step((embedded, labels))
         return self
