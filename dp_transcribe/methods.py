@@ -30,6 +30,10 @@ METHODS = ("dpdfd", "srr", "dpsd_data", "dpsd_label")
 # A generator is pretrained on the prior by so many updates.
 PRETRAINING_STEPS = 300
 REPLAY_SIZE = 2**19
+# Candidates chosen by a student that knows little leave the truth out: the first 60 %
+# of the queries are answered among all classes, and its prediction is smoothed then.
+UNIFORM_SHARE = 0.6
+SMOOTHING = 0.5
 
 
 def dpdfd(
@@ -119,7 +123,7 @@ def srr(
         prior,
         student,
         generator,
-        SelectiveRandomizedResponse(),
+        SelectiveRandomizedResponse(smoothing=SMOOTHING),
         schedule=(epochs, steps_per_epoch),
         generator_updates=0,
         generator_covered=False,
@@ -162,7 +166,7 @@ def dpsd(
     """
     mechanisms: dict[str, Mechanism] = {
         "data": NoisyAnswer(),
-        "label": SelectiveRandomizedResponse(),
+        "label": SelectiveRandomizedResponse(smoothing=SMOOTHING),
     }
     return _by_answers(
         teacher,
@@ -203,6 +207,7 @@ def _by_answers(
         student_updates=updates,
         replay_size=REPLAY_SIZE,
         replay_batch_size=2048,
+        uniform_prior_queries=int(UNIFORM_SHARE * steps * queries.batch_size),
         **kwargs,
     )
 
