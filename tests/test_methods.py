@@ -1,0 +1,88 @@
+"""The published methods as one call each."""
+
+import functools
+
+import pytest
+
+import dp_transcribe as dpt
+from dp_transcribe import methods
+from dp_transcribe.export import GeneratorNotPrivateError
+from dp_transcribe.generators import MLPGenerator, SmoothNoise
+from dp_transcribe.mechanisms import (
+    NoisyAnswer,
+    NormalizedGradient,
+    SelectiveRandomizedResponse,
+)
+from dp_transcribe.privacy.units import Unit
+from tests import tiny
+
+CALLS = {
+    "dpdfd": dpt.dpdfd,
+    "srr": dpt.srr,
+    "dpsd_data": functools.partial(dpt.dpsd, protect="data"),
+    "dpsd_label": functools.partial(dpt.dpsd, protect="label"),
+}
+MECHANISMS = {
+    "dpdfd": NormalizedGradient,
+    "srr": SelectiveRandomizedResponse,
+    "dpsd_data": NoisyAnswer,
+    "dpsd_label": SelectiveRandomizedResponse,
+}
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setattr(methods, "PRETRAINING_STEPS", 2)
+    monkeypatch.setattr(methods, "REPLAY_SIZE", 2**13)
+
+
+def _call(name, **kwargs):
+    shape = tiny.IMAGE
+    return CALLS[name](
+        tiny.linear_teacher(),
+        SmoothNoise(shape),
+        student=tiny.linear_model(),
+        generator=MLPGenerator(shape, latent_dim=4, units=(8,)),
+        epochs=1,
+        steps_per_epoch=1,
+        **kwargs,
+    )
+
+
+def test_every_method_has_its_call():
+    assert set(methods.METHODS) == set(CALLS)
+
+
+@pytest.mark.parametrize("name", ["srr", "dpsd_data", "dpsd_label"])
+def test_a_call_gives_a_transcriber_that_fits_by_its_own_schedule(name):
+    transcriber = _call(name)
+    assert isinstance(transcriber.mechanism, MECHANISMS[name])
+    history = transcriber.fit(target_epsilon=1.0, delta=1e-5, verbose=0)
+    assert len(history.history["epsilon"]) == 1
+    statement = transcriber.privacy_statement()
+    assert statement.unit is Unit.RESPONSE
+    assert 0.99 < statement.epsilon <= 1.0
+    assert ("generator" in statement.covered) == (name != "srr")
+
+
+@pytest.mark.slow
+def test_dpdfd_fits_by_its_own_schedule():
+    transcriber = _call("dpdfd")
+    transcriber.fit(target_epsilon=1.0, delta=1e-5, verbose=0)
+    assert isinstance(transcriber.mechanism, NormalizedGradient)
+    statement = transcriber.privacy_statement()
+    assert 0.0 < statement.epsilon <= 1.0
+    assert "generator" in statement.covered
+
+
+def test_a_generator_that_read_the_teacher_is_not_exported(tmp_path):
+    transcriber = _call("srr")
+    transcriber.fit(target_epsilon=1.0, delta=1e-5, verbose=0)
+    with pytest.raises(GeneratorNotPrivateError):
+        dpt.export_generator(transcriber, tmp_path / "generator")
+    assert not (tmp_path / "generator").exists()
+
+
+def test_unknown_protection_is_refused():
+    with pytest.raises(ValueError, match="protect"):
+        dpt.dpsd(tiny.linear_teacher(), SmoothNoise(tiny.IMAGE), protect="both")
