@@ -1,0 +1,415 @@
+"""Turns an MNIST classifier into a student that may be released, in one command.
+
+    python examples/mnist.py --epsilon=1
+
+trains a teacher (once, it is cached), transcribes it under differential privacy and
+writes report.json, statement.txt, student/1 (a SavedModel), samples.png and curve.png.
+Ctrl-C leaves the same files for the student so far; `--resume` goes on from there.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+from absl import app, flags
+from absl import logging as absl_logging
+
+import dp_transcribe as dpt
+from dp_transcribe import _validate, reporting
+from dp_transcribe.data import DATASETS, ImageDataset, load_dataset
+from dp_transcribe.generators.priors import default_prior
+from dp_transcribe.teachers import TEACHER_RECIPES, train_teacher
+
+_LOGGER = logging.getLogger(__name__)
+
+BUILDERS: dict[str, Callable[..., dpt.DPTranscriber]] = {
+    "dpdfd": dpt.dpdfd,
+    "srr": dpt.srr,
+    "dpsd_data": functools.partial(dpt.dpsd, protect="data"),
+    "dpsd_label": functools.partial(dpt.dpsd, protect="label"),
+}
+PRIOR_DOMAINS = {"mnist": "strokes", "fashion_mnist": "clothes", "cifar10": "natural"}
+SCHEDULE = ("epochs", "steps_per_epoch")
+# What may differ between the command that is resumed and the one that resumes it.
+FREE_ON_RESUME = {"resume", "data_dir", "output_dir", "cache_dir", "epochs"}
+NOTE = (
+    "Accuracies and agreement were measured on test images for this report, the "
+    "teacher's own answers included; nothing was chosen by them. The statement covers "
+    "the student, not this report."
+)
+EXIT_REFUSED = 2
+EXIT_INTERRUPTED = 130
+
+
+class RefusedError(Exception):
+    """The user asked for what cannot be done; no privacy budget was spent."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExampleConfig:
+    """What the flags say.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    epsilon: float = 1.0
+    delta: float = 1e-5
+    method: str = "dpdfd"
+    dataset: str = "mnist"
+    data_dir: str | None = None
+    teacher: str | None = None
+    output_dir: str | None = None
+    seed: int | None = None
+    epochs: int | None = None
+    steps_per_epoch: int | None = None
+    cache_dir: str = ".cache"
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        _validate.positive_finite("epsilon", self.epsilon)
+        _validate.fraction_open("delta", self.delta)
+        _validate.one_of("method", self.method, BUILDERS)
+        _validate.one_of("dataset", self.dataset, DATASETS)
+        _validate.optional_seed("seed", self.seed)
+        for name, value in self.schedule.items():
+            _validate.positive_int(name, value)
+
+    @property
+    def folder(self) -> Path:
+        """Where the results go."""
+        default = f"output/{self.dataset}-{self.method}-epsilon{self.epsilon:g}"
+        return Path(self.output_dir or default)
+
+    @property
+    def schedule(self) -> dict[str, int]:
+        """The parts of the schedule that were asked for."""
+        values = {name: getattr(self, name) for name in SCHEDULE}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Transcription:
+    """A run, new or resumed.
+
+    Attributes:
+        transcriber: compiled.
+        dataset: of which only the test images are used from here on.
+        recorder: keeps history and checkpoint; its `facts` are `config` and `teacher`.
+    """
+
+    transcriber: dpt.DPTranscriber
+    dataset: ImageDataset
+    recorder: reporting.Recorder
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Turns complaints about what the user gave into `RefusedError`."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise RefusedError(str(error)) from error
+
+
+def run(config: ExampleConfig) -> dict[str, Any]:
+    """Transcribes as configured and writes the results.
+
+    Returns:
+        The report, as it is in report.json.
+
+    Raises:
+        RefusedError: something does not fit; no privacy budget was spent.
+    """
+    with refusing():
+        _validate.writable_dir("output_dir", config.folder)
+        run = resume(config) if config.resume else begin(config)
+    interrupted = transcribe(run)
+    return write_results(config.folder, run, interrupted=interrupted)
+
+
+def begin(config: ExampleConfig) -> Transcription:
+    """A new run, with the teacher given or one trained here."""
+    given = dpt.load_teacher(config.teacher) if config.teacher else None
+    if given is None:
+        _validate.writable_dir("cache_dir", config.cache_dir)
+    dataset = load_dataset(config.dataset, config.data_dir)
+    started = time.monotonic()
+    if given is None:
+        teacher, source = own_teacher(dataset, Path(config.cache_dir))
+    else:
+        teacher, source = given, str(config.teacher)
+        check_teacher(teacher, dataset)
+    trained = time.monotonic()
+    transcriber = build(config, teacher)
+    facts = {
+        "config": dataclasses.asdict(config),
+        "teacher": {"source": source, "seconds": trained - started},
+    }
+    for name in (reporting.CHECKPOINT, reporting.PROGRESS):
+        (config.folder / name).unlink(missing_ok=True)
+    seconds = time.monotonic() - trained
+    return prepared(config, transcriber, dataset, facts=facts, seconds=seconds)
+
+
+def resume(config: ExampleConfig) -> Transcription:
+    """The run whose checkpoint lies in the output folder."""
+    transcriber, progress = reporting.load_checkpoint(config.folder)
+    facts = progress["facts"]
+    for name, value in dataclasses.asdict(config).items():
+        former = facts["config"][name]
+        if name not in FREE_ON_RESUME and value != former:
+            mend = "Repeat the command that is resumed, with `--resume` added."
+            raise _validate.invalid(name, value, f"{former!r}, as before", mend)
+    if config.epochs is not None:
+        transcriber.schedule = (config.epochs, transcriber.schedule[1])
+    dataset = load_dataset(config.dataset, config.data_dir)
+    return prepared(config, transcriber, dataset, **progress)
+
+
+def prepared(
+    config: ExampleConfig,
+    transcriber: dpt.DPTranscriber,
+    dataset: ImageDataset,
+    **progress: Any,
+) -> Transcription:
+    """The run with what records it."""
+    can_be_saved = transcriber.teacher.model is not None
+    if not can_be_saved:
+        _LOGGER.warning("Only a Keras teacher can be saved: there is no checkpoint.")
+    folder = config.folder if can_be_saved else None
+    recorder = reporting.Recorder(
+        dataset.test_images, dataset.test_labels, folder=folder, **progress
+    )
+    return Transcription(transcriber, dataset, recorder)
+
+
+def check_teacher(teacher: dpt.Teacher, dataset: ImageDataset) -> None:
+    """Refuses a teacher of other images or classes."""
+    wanted = (dataset.image_shape, dataset.num_classes)
+    if (teacher.input_shape, teacher.num_classes) != wanted:
+        received = f"input {teacher.input_shape}, {teacher.num_classes} classes"
+        expected = f"input {wanted[0]} and {wanted[1]} classes, as {dataset.name} has"
+        raise _validate.invalid("teacher", received, expected)
+
+
+def own_teacher(dataset: ImageDataset, cache_dir: Path) -> tuple[dpt.Teacher, str]:
+    """The cached teacher of this data and recipe, or a new one; and which it is."""
+    recipe = TEACHER_RECIPES[dataset.name]
+    digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]
+    path = cache_dir / "teachers" / f"{dataset.name}-{dataset.source}-{digest}.keras"
+    if path.exists():
+        try:
+            return dpt.load_teacher(path), "cached"
+        except ValueError:
+            _LOGGER.warning("The cached teacher %s is damaged: training anew.", path)
+    print(f"Training a teacher on {dataset.name} ({dataset.source}), without privacy.")
+    images, labels = dataset.train_images, dataset.train_labels
+    model = train_teacher(
+        images, labels, num_classes=dataset.num_classes, recipe=recipe, verbose="auto"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    model.save(partial)
+    os.replace(partial, path)
+    return dpt.Teacher(model), "trained"
+
+
+def build(config: ExampleConfig, teacher: dpt.Teacher) -> dpt.DPTranscriber:
+    """The method's transcriber, with a prior that suits the kind of images."""
+    if config.seed is not None:
+        keras.utils.set_random_seed(config.seed % 2**32)  # of the initial weights
+    domain = PRIOR_DOMAINS[config.dataset]
+    prior = default_prior(teacher.input_shape, domain=domain)
+    print(f"Preparing {config.method}: the generator learns from public processes.")
+    builder = BUILDERS[config.method]
+    return builder(teacher, prior, seed=config.seed, **config.schedule)
+
+
+def transcribe(run: Transcription) -> bool:
+    """Runs what is left of the schedule; returns whether Ctrl-C ended it."""
+    transcriber, config = run.transcriber, run.recorder.facts["config"]
+    if run.recorder.epochs_done >= transcriber.schedule[0]:
+        return False
+    try:
+        transcriber.fit(
+            target_epsilon=config["epsilon"],
+            delta=config["delta"],
+            initial_epoch=run.recorder.epochs_done,
+            callbacks=[run.recorder],
+        )
+    except dpt.BudgetExceededError as error:
+        raise RefusedError(str(error)) from error
+    except KeyboardInterrupt:
+        if not transcriber.ledger.entries:
+            raise
+        # Before anything is written from it: noise that was used is never used again.
+        run.recorder.save()
+        return True
+    return False
+
+
+def write_results(folder: Path, run: Transcription, *, interrupted: bool) -> dict:
+    """Writes everything that belongs to the student as it is now."""
+    transcriber, recorder = run.transcriber, run.recorder
+    seconds = recorder.seconds
+    reporting.finalize(transcriber)
+    statement = transcriber.privacy_statement()
+    dpt.export_student(
+        transcriber, folder / "student" / "1", statement=statement, overwrite=True
+    )
+    reporting.write_text(folder / "statement.txt", statement.to_text())
+    report = make_report(run, statement, seconds=seconds, interrupted=interrupted)
+    samples = reporting.draw_samples(transcriber)
+    reporting.plot_samples(folder / "samples.png", samples)
+    reporting.plot_curve(
+        folder / "curve.png",
+        recorder.history,
+        teacher_accuracy=report["teacher"]["test_accuracy"],
+    )
+    reporting.write_json(folder / "report.json", report)
+    return report
+
+
+def make_report(
+    run: Transcription,
+    statement: dpt.PrivacyStatement,
+    *,
+    seconds: float,
+    interrupted: bool,
+) -> dict[str, Any]:
+    """What report.json holds; accuracies and agreement are fractions."""
+    facts, dataset = run.recorder.facts, run.dataset
+    images, labels = dataset.test_images, dataset.test_labels
+    by_teacher = run.transcriber.teacher.predict(images).argmax(axis=-1)
+    by_student = reporting.predict_classes(run.transcriber.student, images)
+    of_teacher = facts["teacher"]["seconds"]
+    return {
+        "dataset": dataset.name,
+        "dataset_source": dataset.source,
+        "method": facts["config"]["method"],
+        "seed": run.transcriber.seed,
+        "interrupted": interrupted,
+        "teacher": {
+            "source": facts["teacher"]["source"],
+            "test_accuracy": fraction(by_teacher == labels),
+        },
+        "student": {
+            "test_accuracy": fraction(by_student == labels),
+            "agreement": fraction(by_student == by_teacher),
+        },
+        "statement": statement.to_dict(),
+        "seconds": {
+            "teacher": of_teacher,
+            "transcribe": seconds,
+            "total": of_teacher + seconds,
+        },
+        "schedule": dict(zip(SCHEDULE, run.transcriber.schedule, strict=True)),
+        "history": run.recorder.history,
+        "versions": statement.versions,
+        "note": NOTE,
+    }
+
+
+def fraction(hits: np.ndarray) -> float:
+    """Part of `hits` that is true."""
+    return float(np.mean(hits))
+
+
+def summary(report: dict[str, Any], folder: Path) -> str:
+    """What the user sees at the end."""
+    statement = (folder / "statement.txt").read_text(encoding="utf-8")
+    headline, protection = statement.split("\n\n")[:2]
+    teacher, student = report["teacher"], report["student"]
+    lines = [
+        f"{headline}\n\n{protection}\n",
+        f"{report['dataset']} ({report['dataset_source']}), {report['method']}, "
+        f"{report['seconds']['total']:.0f} s",
+        f"  teacher  {teacher['test_accuracy']:7.2%} of the test images",
+        f"  student  {student['test_accuracy']:7.2%}, and {student['agreement']:.2%} "
+        "agreement with the teacher",
+        f"Results: {folder}/ (report.json, statement.txt, samples.png, curve.png)",
+        f"Release: {folder}/student/1 and nothing else; checkpoint.keras holds the "
+        "teacher.",
+    ]
+    if report["seed"] is not None:
+        lines.append(f"NOT for release: the noise follows from seed {report['seed']}.")
+    if report["interrupted"]:
+        lines.append("Interrupted; the same command with --resume goes on from here.")
+    return "\n".join(lines)
+
+
+def define_flags() -> None:
+    """Declares the flags, one for each field of `ExampleConfig`."""
+    default = ExampleConfig()
+    flags.DEFINE_float(
+        "epsilon", default.epsilon, "Target, for an answer of the teacher."
+    )
+    flags.DEFINE_float("delta", default.delta, "Target, strictly between 0 and 1.")
+    flags.DEFINE_enum("method", default.method, list(BUILDERS), "Published method.")
+    flags.DEFINE_enum("dataset", default.dataset, list(DATASETS), "Data set.")
+    flags.DEFINE_string(
+        "data_dir", None, "Folder in which tensorflow-datasets has prepared it."
+    )
+    flags.DEFINE_string(
+        "teacher", None, ".keras file or SavedModel for pixels 0..1; skips training."
+    )
+    flags.DEFINE_string("output_dir", None, "By default output/<what is run>.")
+    flags.DEFINE_integer("seed", None, "For tests; the noise is secret without it.")
+    flags.DEFINE_integer("epochs", None, "By default the method's.")
+    flags.DEFINE_integer("steps_per_epoch", None, "By default the method's.")
+    flags.DEFINE_string("cache_dir", default.cache_dir, "Where teachers are kept.")
+    flags.DEFINE_bool("resume", False, "Go on from the output folder's checkpoint.")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """As absl does, but exits with the same status as other refusals."""
+    try:
+        rest = flags.FLAGS(argv)
+        if flags.FLAGS["verbosity"].using_default_value:
+            flags.FLAGS.verbosity = absl_logging.WARNING
+        return rest
+    except flags.Error as error:
+        refuse(f"{error}\nPass --helpshort to see the flags.")
+
+
+def refuse(message: str) -> NoReturn:
+    """Ends the program with a message, for what the user can mend."""
+    print(message, file=sys.stderr)
+    sys.exit(EXIT_REFUSED)
+
+
+def main(argv: list[str]) -> None:
+    """Runs the example from the command line."""
+    names = [field.name for field in dataclasses.fields(ExampleConfig)]
+    try:
+        if len(argv) > 1:
+            raise RefusedError(f"Unknown arguments: {argv[1:]}. Flags begin with --.")
+        with refusing():
+            config = ExampleConfig(**{name: flags.FLAGS[name].value for name in names})
+        report = run(config)
+    except RefusedError as error:
+        refuse(str(error))
+    except KeyboardInterrupt:
+        print("\nInterrupted: nothing was released.", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    print(f"\n{summary(report, config.folder)}")
+    if report["interrupted"]:
+        sys.exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,408 @@
+"""examples/mnist.py: its files, refusals, Ctrl-C and resuming, in small sizes."""
+
+import functools
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+import dp_transcribe as dpt
+from dp_transcribe import methods
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+FILES = {"report.json", "statement.txt", "samples.png", "curve.png", "student"}
+KEPT = {"checkpoint.keras", "checkpoint.json"}
+
+
+def load(name, path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+small = load("small_mnist", HERE / "small_mnist.py")
+example = load("mnist_example", small.EXAMPLE)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, mnist_small):
+    """200 real images of each split, in the layout of tensorflow-datasets."""
+    folder = tmp_path_factory.mktemp("tfds")
+
+    def split(images, labels):
+        pixels = np.round(images[:200] * 255).astype(np.uint8)
+        examples = {"image": pixels, "label": labels[:200].astype(np.int64)}
+        return tf.data.Dataset.from_tensor_slices(examples)
+
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="mnist",
+        version="3.0.1",
+        data_dir=folder,
+        split_datasets={
+            "train": split(mnist_small.train_images, mnist_small.train_labels),
+            "test": split(mnist_small.test_images, mnist_small.test_labels),
+        },
+        features=tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(shape=(28, 28, 1)),
+                "label": tfds.features.ClassLabel(num_classes=10),
+            }
+        ),
+        disable_shuffling=True,
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher_file(tmp_path_factory, mnist_small):
+    """A linear teacher."""
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Input((28, 28, 1)), keras.layers.Flatten()]
+    model = keras.Sequential([*layers, keras.layers.Dense(10)])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss)
+    model.fit(mnist_small.train_images, mnist_small.train_labels, epochs=3, verbose=0)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.keras"
+    model.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def make_config(prepared, teacher_file):
+    """Makes a config that runs for a few seconds in a given folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in small.SIZES.items():
+            patch.setattr(methods, name, value)
+
+        def make(folder, **values):
+            paths = {
+                "data_dir": str(prepared),
+                "teacher": str(teacher_file),
+                "output_dir": str(folder / "out"),
+                "cache_dir": str(folder / "cache"),
+            }
+            schedule = {"epochs": 1, "steps_per_epoch": 2}
+            return example.ExampleConfig(**{**schedule, **paths, **values})
+
+        yield make
+
+
+@pytest.fixture
+def config(make_config, tmp_path):
+    """As `make_config`, in the test's own folder."""
+    return functools.partial(make_config, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(make_config, tmp_path_factory):
+    """A finished run with a secret seed: its config and report."""
+    asked = make_config(tmp_path_factory.mktemp("finished"))
+    return asked, example.run(asked)
+
+
+@pytest.fixture
+def copied(finished, config):
+    """The finished run's folder, copied into the test's own; makes configs for it."""
+    shutil.copytree(finished[0].folder, config().folder)
+    return config
+
+
+def start(*arguments):
+    """The program in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(HERE / "small_mnist.py"), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def flags_of(config):
+    """The command line that says the same as a config."""
+    names = ("data_dir", "teacher", "output_dir", "cache_dir", "method", "epochs")
+    values = [f"--{name}={getattr(config, name)}" for name in names]
+    return [*values, f"--steps_per_epoch={config.steps_per_epoch}"]
+
+
+def names_in(folder):
+    return {path.name for path in Path(folder).iterdir()}
+
+
+def check_results(asked, returned):
+    """All files are there and the report has all keys, with likely values."""
+    folder = asked.folder
+    assert names_in(folder) == FILES | KEPT
+    report = json.loads((folder / "report.json").read_text())
+    assert report == json.loads(json.dumps(returned))
+    assert (report["dataset"], report["dataset_source"]) == ("mnist", "tfds")
+    assert (report["method"], report["seed"]) == (asked.method, asked.seed)
+    assert report["interrupted"] is False
+    seconds = report["seconds"]
+    assert seconds["total"] == seconds["teacher"] + seconds["transcribe"] > 0
+    assert {"tensorflow", "keras", "dp-accounting"} <= set(report["versions"])
+    assert report["schedule"] == {"epochs": 1, "steps_per_epoch": 2}
+    assert {name: len(v) for name, v in report["history"].items()} == dict.fromkeys(
+        ("epoch", "test_accuracy", "agreement", "epsilon", "student_loss"), 1
+    )
+    assert (folder / "statement.txt").read_text().startswith("Differential privacy")
+    for picture in ("samples.png", "curve.png"):
+        assert tf.io.decode_png((folder / picture).read_bytes()).shape[0] > 100
+
+
+def check_statement(asked, statement, mechanism):
+    assert statement["mechanism"] == mechanism
+    assert (statement["unit"], statement["relation"]) == ("RESPONSE", "REPLACE_SPECIAL")
+    assert 0.5 * asked.epsilon < statement["epsilon"] <= asked.epsilon
+    assert statement["accountant"] == "rdp" and statement["delta"] in (0.0, 1e-5)
+    assert statement["noise_seed"] == asked.seed
+
+
+def test_a_run_leaves_all_files(finished):
+    asked, report = finished
+    check_results(asked, report)
+    check_statement(asked, report["statement"], "NormalizedGradient")
+    assert "generator" in report["statement"]["covered"]
+    checkpoint = asked.folder / "checkpoint.keras"
+    assert stat.S_IMODE(checkpoint.stat().st_mode) == 0o600
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "mechanism", "covered"),
+    [
+        ("srr", "SelectiveRandomizedResponse", False),
+        ("dpsd_data", "NoisyAnswer", True),
+        ("dpsd_label", "SelectiveRandomizedResponse", True),
+    ],
+)
+def test_other_methods_leave_all_files(config, method, mechanism, covered):
+    asked = config(method=method, epsilon=2.0, seed=3)
+    report = example.run(asked)
+    check_results(asked, report)
+    check_statement(asked, report["statement"], mechanism)
+    assert ("generator" in report["statement"]["covered"]) is covered
+
+
+def test_reported_figures_are_those_of_the_exported_student(finished, teacher_file):
+    asked, report = finished
+    data = example.load_dataset("mnist", asked.data_dir)
+    model = tf.saved_model.load(str(asked.folder / "student" / "1"))
+    serve = model.signatures["serving_default"]
+    by_student = serve(image=tf.constant(data.test_images))["class"].numpy()
+    by_teacher = dpt.load_teacher(teacher_file).predict(data.test_images).argmax(-1)
+    accuracy = np.mean(by_student == data.test_labels)
+    assert report["student"] == pytest.approx(
+        {
+            "test_accuracy": accuracy,
+            "agreement": np.mean(by_student == by_teacher),
+        }
+    )
+    assert report["history"]["test_accuracy"][-1] == pytest.approx(accuracy)
+    of_teacher = np.mean(by_teacher == data.test_labels)
+    assert of_teacher > 0.7
+    assert report["teacher"]["test_accuracy"] == pytest.approx(of_teacher)
+    assert report["teacher"]["source"] == str(teacher_file)
+
+
+def test_summary_says_what_is_not_protected_and_what_to_release(finished):
+    asked, report = finished
+    text = example.summary(report, asked.folder)
+    headline, protection = text.split("\n\n")[:2]
+    assert "RESPONSE" in headline and "epsilon = " in headline
+    assert "does NOT protect a" in protection and "record-level" in protection
+    assert "NOT for release" not in text
+    assert "the noise follows from seed 7" in example.summary(
+        {**report, "seed": 7}, asked.folder
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"epsilon": 0.0}, "epsilon"),
+        ({"epsilon": float("nan")}, "epsilon"),
+        ({"epsilon": float("inf")}, "epsilon"),
+        ({"delta": 0.0}, "delta"),
+        ({"delta": 1.0}, "delta"),
+        ({"method": "magic"}, "method"),
+        ({"dataset": "imagenet"}, "dataset"),
+        ({"epochs": 0}, "epochs"),
+        ({"steps_per_epoch": -1}, "steps_per_epoch"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_values_out_of_range_are_refused(config, values, named):
+    with pytest.raises(ValueError, match=f"Invalid value for argument `{named}`"):
+        config(**values)
+
+
+@pytest.fixture
+def nothing_starts(monkeypatch):
+    """Fails as soon as a teacher is trained or a transcriber is made."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("too late to refuse")
+
+    monkeypatch.setattr(example, "train_teacher", refuse)
+    monkeypatch.setattr(example, "build", refuse)
+
+
+def bad_paths(tmp_path):
+    a_file = tmp_path / "file"
+    a_file.write_text("not a folder, not a model")
+    damaged = tmp_path / "damaged.keras"
+    damaged.write_bytes(b"PK\x03\x04 cut off")
+    wide = tmp_path / "wide.keras"
+    keras.Sequential([keras.layers.Input((8, 8, 1)), keras.layers.Flatten()]).save(wide)
+    return {
+        "output_dir": (a_file / "below", "output_dir"),
+        "cache_dir": (a_file / "below", "cache_dir"),
+        "data_dir": (tmp_path / "empty", "data_dir"),
+        "damaged": (damaged, "damaged"),
+        "missing": (tmp_path / "no.keras", "Nothing is there"),
+        "wide": (wide, "28, 28, 1"),
+    }
+
+
+@pytest.mark.parametrize(
+    "kind", ["output_dir", "cache_dir", "data_dir", "damaged", "missing", "wide"]
+)
+def test_bad_paths_are_refused_before_anything_starts(
+    config, nothing_starts, tmp_path, kind
+):
+    path, said = bad_paths(tmp_path)[kind]
+    values = {kind: str(path)} if kind.endswith("_dir") else {"teacher": str(path)}
+    if kind == "cache_dir":
+        values["teacher"] = None
+    with pytest.raises(example.RefusedError, match=said):
+        example.run(config(**values))
+
+
+def test_the_teacher_is_trained_once(config, monkeypatch):
+    recipe = example.TEACHER_RECIPES["mnist"]
+    tiny = type(recipe)(filters=(4,), units=8, epochs=1, min_steps=1)
+    monkeypatch.setitem(example.TEACHER_RECIPES, "mnist", tiny)
+    asked = config(teacher=None)
+    data = example.load_dataset("mnist", asked.data_dir)
+    first, source = example.own_teacher(data, Path(asked.cache_dir))
+    assert source == "trained"
+    second, source = example.own_teacher(data, Path(asked.cache_dir))
+    assert source == "cached"
+    images = data.test_images[:5]
+    np.testing.assert_allclose(first.predict(images), second.predict(images), atol=1e-6)
+    (kept,) = (Path(asked.cache_dir) / "teachers").iterdir()
+    kept.write_bytes(b"damaged")
+    assert example.own_teacher(data, Path(asked.cache_dir))[1] == "trained"
+    bigger = type(recipe)(filters=(4,), units=9, epochs=1, min_steps=1)
+    monkeypatch.setitem(example.TEACHER_RECIPES, "mnist", bigger)
+    assert example.own_teacher(data, Path(asked.cache_dir))[1] == "trained"
+
+
+def test_resuming_needs_a_checkpoint(config):
+    with pytest.raises(example.RefusedError, match=r"checkpoint\.keras"):
+        example.run(config(resume=True))
+
+
+def test_resuming_needs_the_same_command(copied):
+    with pytest.raises(example.RefusedError, match="`epsilon`.*1.0, as before"):
+        example.run(copied(resume=True, epsilon=8.0))
+
+
+def test_a_damaged_checkpoint_is_refused(copied):
+    checkpoint = copied().folder / "checkpoint.keras"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
+    with pytest.raises(example.RefusedError, match="unharmed"):
+        example.run(copied(resume=True))
+
+
+def test_a_resumed_run_goes_on_where_it_was(finished, copied):
+    first, more = finished[1], example.run(copied(epochs=2, resume=True))
+    assert more["history"]["epoch"] == [1, 2]
+    for name, values in first["history"].items():
+        assert more["history"][name][:1] == values
+    releases = [r["statement"]["details"]["releases"] for r in (first, more)]
+    assert releases[1] == 2 * releases[0]
+    assert more["statement"]["epsilon"] <= 1.0
+    assert more["seconds"]["transcribe"] > first["seconds"]["transcribe"]
+
+
+def test_ctrl_c_leaves_a_usable_state_and_resume_goes_on(config):
+    asked = config(method="dpsd_label", epochs=100_000)
+    process = start(*flags_of(asked))
+    deadline = time.monotonic() + 120
+    while not (asked.folder / "checkpoint.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == example.EXIT_INTERRUPTED, errors
+    assert "Traceback" not in errors
+    assert "--resume" in output and "does NOT protect a" in output
+    assert names_in(asked.folder) == FILES | KEPT
+    report = json.loads((asked.folder / "report.json").read_text())
+    assert report["interrupted"] is True
+    assert report["statement"]["epsilon"] <= 1.0
+    done = len(report["history"]["epoch"])
+    assert done >= 1
+    resumed = example.run(config(method="dpsd_label", epochs=done + 1, resume=True))
+    assert resumed["interrupted"] is False
+    assert resumed["history"]["epoch"] == list(range(1, done + 2))
+    assert resumed["statement"]["epsilon"] <= 1.0
+    releases = [r["statement"]["details"]["releases"] for r in (report, resumed)]
+    assert releases[1] == releases[0] + 2
+
+
+def test_ctrl_c_before_the_first_step_releases_nothing(config, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dpt.DPTranscriber, "fit", interrupt)
+    asked = config()
+    with pytest.raises(KeyboardInterrupt):
+        example.run(asked)
+    assert names_in(asked.folder) == set()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--epsilon=nan"], "Invalid value for argument `epsilon`"),
+        pytest.param(["--method=magic"], "--method=magic", marks=pytest.mark.slow),
+        pytest.param(["--epochs=2.5"], "--epochs=2.5", marks=pytest.mark.slow),
+        pytest.param(["--epsilom=1"], "epsilom", marks=pytest.mark.slow),
+        pytest.param(["mnist"], "Unknown arguments", marks=pytest.mark.slow),
+    ],
+)
+def test_the_command_line_refuses_without_a_traceback(arguments, said):
+    process = start(*arguments)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == example.EXIT_REFUSED
+    assert said in errors
+    assert "Traceback" not in errors and output == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", example.BUILDERS)
+def test_the_program_ends_well_with_every_method(config, method):
+    asked = config(method=method)
+    process = start(*flags_of(asked))
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert names_in(asked.folder) == FILES | KEPT
+    assert str(asked.folder / "student" / "1") in output
