@@ -30,6 +30,7 @@ import dp_transcribe as dpt
 from dp_transcribe import _validate, reporting
 from dp_transcribe.data import DATASETS, ImageDataset, load_dataset
 from dp_transcribe.generators.priors import default_prior
+from dp_transcribe.privacy.accounting import ACCOUNTANTS
 from dp_transcribe.teachers import TEACHER_RECIPES, train_teacher
 
 _LOGGER = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class ExampleConfig:
 
     epsilon: float = 1.0
     delta: float = 1e-5
+    accountant: str = "rdp"
     method: str = "dpdfd"
     dataset: str = "mnist"
     data_dir: str | None = None
@@ -81,6 +83,7 @@ class ExampleConfig:
     def __post_init__(self) -> None:
         _validate.positive_finite("epsilon", self.epsilon)
         _validate.fraction_open("delta", self.delta)
+        _validate.one_of("accountant", self.accountant, ACCOUNTANTS)
         _validate.one_of("method", self.method, BUILDERS)
         _validate.one_of("dataset", self.dataset, DATASETS)
         _validate.optional_seed("seed", self.seed)
@@ -247,6 +250,7 @@ def transcribe(run: Transcription) -> bool:
         transcriber.fit(
             target_epsilon=config["epsilon"],
             delta=config["delta"],
+            accountant=config["accountant"],
             initial_epoch=run.recorder.epochs_done,
             callbacks=[run.recorder],
         )
@@ -358,6 +362,9 @@ def define_flags() -> None:
         "epsilon", default.epsilon, "Target, for an answer of the teacher."
     )
     flags.DEFINE_float("delta", default.delta, "Target, strictly between 0 and 1.")
+    flags.DEFINE_enum(
+        "accountant", default.accountant, list(ACCOUNTANTS), "pld is tighter."
+    )
     flags.DEFINE_enum("method", default.method, list(BUILDERS), "Published method.")
     flags.DEFINE_enum("dataset", default.dataset, list(DATASETS), "Data set.")
     flags.DEFINE_string(
