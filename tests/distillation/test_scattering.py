@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dp_transcribe.distillation import Scattering, ScatteringKernel
+from dp_transcribe.distillation import (
+    Scattering,
+    ScatteringKernel,
+    embed_in_batches,
+)
 
 # Inputs and outputs of kymatio 0.3.0's NumPy front end: J=2, L=8 and J=3, L=4.
 KYMATIO = Path(__file__).with_name("kymatio.npz")
@@ -70,3 +74,14 @@ def test_embedding_of_one_image_does_not_depend_on_the_others():
 def test_groups_that_do_not_divide_the_channels_are_refused():
     with pytest.raises(ValueError, match="groups"):
         ScatteringKernel((28, 28, 1), groups=10)
+
+
+def test_an_image_of_nan_spoils_no_other():
+    kernel = ScatteringKernel((8, 8, 1), groups=1, scale=1, orientations=2)
+    images = np.random.default_rng(4).random((5, 8, 8, 1)).astype(np.float32)
+    expected = embed_in_batches(kernel, images, batch_size=3)
+    images[1, 2, 2] = np.nan
+    embedded = embed_in_batches(kernel, images, batch_size=3)
+    assert np.isnan(embedded[1]).any()
+    others = [0, 2, 3, 4]
+    np.testing.assert_allclose(embedded[others], expected[others], atol=1e-6)
