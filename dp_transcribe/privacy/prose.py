@@ -98,14 +98,16 @@ def assumptions(statement: "PrivacyStatement") -> str:
             "guarantee does not hold against anyone who knows the seed. Leave the "
             "seed out for a release."
         )
-    return f"Assumed: {statement.sampling} {noise}"
+    assumed = statement.sampling.rstrip(".")
+    return f"Assumed: {assumed}. {noise}"
 
 
 def limits(statement: "PrivacyStatement") -> str:
     """What no figure here accounts for."""
     return (
         "Not accounted: the choice of hyper-parameters by looking at several runs, "
-        "and other releases from the same teacher or data. Floating-point noise is "
+        "two students from one checkpoint, the same query asked twice under another "
+        "name, and other releases from the same teacher or data. Floating-point noise is "
         "not hardened against precision attacks."
     )
 
