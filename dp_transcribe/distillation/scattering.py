@@ -90,7 +90,7 @@ class Scattering:
         planes = tf.reshape(
             tf.transpose(images, [0, 3, 1, 2]), [-1, self.height, self.width]
         )
-        out = self._transform(planes)
+        out = _compiled(self, planes)
         channels = self.channels * shape[3]
         return tf.reshape(out, [shape[0], channels, *self.output_size])
 
@@ -134,6 +134,14 @@ class Scattering:
         ]
 
 
+# Not for speed alone: outside XLA, oneDNN's small batched products of TensorFlow 2.21
+# write out of bounds for some sizes (seen with J = 1 at 28x28) and end the process.
+@tf.function(jit_compile=True)
+def _compiled(transform: Scattering, planes: tf.Tensor) -> tf.Tensor:
+    """`Scattering._transform`, compiled per transform and shape."""
+    return transform._transform(planes)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class FilterBank:
     """Filters in the Fourier domain, and the low-pass as matrices.
@@ -168,8 +176,8 @@ class FilterBank:
     def smooth(self, signal: tf.Tensor, resolution: int) -> tf.Tensor:
         """Low-pass, subsampled to the output's size without the padding."""
         (rows, columns), (odd_rows, odd_columns) = self.averages[resolution]
-        even = tf.matmul(tf.matmul(rows, signal), columns, transpose_b=True)
-        odd = tf.matmul(tf.matmul(odd_rows, signal), odd_columns, transpose_b=True)
+        even = tf.einsum("ux,...xy,vy->...uv", rows, signal, columns)
+        odd = tf.einsum("ux,...xy,vy->...uv", odd_rows, signal, odd_columns)
         return even - odd
 
 
@@ -247,7 +255,10 @@ def _averages(
     rows, columns = (
         _average(size, transform.scale, resolution) for size in transform._padded
     )
-    return [(rows.real, columns.real), (rows.imag, columns.imag)]
+    return [
+        (rows.real.copy(), columns.real.copy()),
+        (rows.imag.copy(), columns.imag.copy()),
+    ]
 
 
 def _average(size: int, scale: int, resolution: int) -> np.ndarray:
