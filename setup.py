@@ -44,6 +44,8 @@ EXTRAS = {
         "onnxruntime>=1.22,<2",
         "openvino>=2025,<2027",
         "tensorflow-serving-api==2.21.*",
+        "kymatio==0.3.0",  # the reference of the scattering transform
+        "scikit-learn>=1.5,<2",
     ],
     "dev": [
         "ruff>=0.12,<1",

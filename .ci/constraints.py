@@ -1,7 +1,7 @@
 """Prints `constraints.txt` from pip's report of everything that setup.py asks for.
 
     pip install --dry-run --ignore-installed --quiet --report report.json \
-        '.[gpu,examples,serving,test,dev,docs]' setuptools==80.9.0 kymatio==0.3.0
+        '.[gpu,examples,serving,test,dev,docs]' setuptools==80.9.0
     python .ci/constraints.py report.json > constraints.txt
 """
 
