@@ -167,9 +167,12 @@ def check_results(asked, returned):
 
 def check_statement(asked, statement, mechanism):
     assert statement["mechanism"] == mechanism
-    assert (statement["unit"], statement["relation"]) == ("RESPONSE", "REPLACE_SPECIAL")
+    pure = mechanism == "SelectiveRandomizedResponse"
+    relation = "REPLACE_ONE" if pure else "REPLACE_SPECIAL"
+    assert (statement["unit"], statement["relation"]) == ("RESPONSE", relation)
+    assert statement["delta"] == (0.0 if pure else 1e-5)
     assert 0.5 * asked.epsilon < statement["epsilon"] <= asked.epsilon
-    assert statement["accountant"] == "rdp" and statement["delta"] in (0.0, 1e-5)
+    assert statement["accountant"] == "rdp"
     assert statement["noise_seed"] == asked.seed
 
 
@@ -240,6 +243,7 @@ def test_summary_says_what_is_not_protected_and_what_to_release(finished):
         ({"epsilon": float("inf")}, "epsilon"),
         ({"delta": 0.0}, "delta"),
         ({"delta": 1.0}, "delta"),
+        ({"accountant": "abacus"}, "accountant"),
         ({"method": "magic"}, "method"),
         ({"dataset": "imagenet"}, "dataset"),
         ({"epochs": 0}, "epochs"),
