@@ -38,9 +38,7 @@ def test_guided_images_spread_over_the_classes():
     balance = GeneratorObjective(one_hot=0.0, information_entropy=1.0)
     seed = tf.constant([1, 2])
     before = teacher.probabilities(generator.sample(256, seed)).numpy().mean(0)
-    pretrain_by_teacher(
-        generator, teacher, objective=balance, steps=100, batch_size=64
-    )
+    pretrain_by_teacher(generator, teacher, objective=balance, steps=100, batch_size=64)
     after = teacher.probabilities(generator.sample(256, seed)).numpy().mean(0)
     assert np.ptp(after) < np.ptp(before)
 

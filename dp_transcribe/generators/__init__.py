@@ -1,9 +1,12 @@
 """Sources of synthetic queries: procedural generators and trainable ones."""
 
+from dp_transcribe.generators.bags import Bags
 from dp_transcribe.generators.base import ProceduralGenerator
 from dp_transcribe.generators.conv_generator import ConvGenerator
 from dp_transcribe.generators.dead_leaves import DeadLeaves
 from dp_transcribe.generators.figures import Figures
+from dp_transcribe.generators.footwear import Footwear
+from dp_transcribe.generators.garments import Garments
 from dp_transcribe.generators.mixture import Mixture
 from dp_transcribe.generators.mlp_generator import MLPGenerator
 from dp_transcribe.generators.power_law_noise import PowerLawNoise
@@ -17,9 +20,12 @@ from dp_transcribe.generators.wedges import Wedges
 
 __all__ = [
     "DOMAINS",
+    "Bags",
     "ConvGenerator",
     "DeadLeaves",
     "Figures",
+    "Footwear",
+    "Garments",
     "MLPGenerator",
     "Mixture",
     "PowerLawNoise",

@@ -107,8 +107,8 @@ def limits(statement: "PrivacyStatement") -> str:
     return (
         "Not accounted: the choice of hyper-parameters by looking at several runs, "
         "two students from one checkpoint, the same query asked twice under another "
-        "name, and other releases from the same teacher or data. Floating-point noise is "
-        "not hardened against precision attacks."
+        "name, and other releases from the same teacher or data. Floating-point noise "
+        "is not hardened against precision attacks."
     )
 
 
