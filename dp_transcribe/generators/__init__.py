@@ -4,7 +4,6 @@ from dp_transcribe.generators.bags import Bags
 from dp_transcribe.generators.base import ProceduralGenerator
 from dp_transcribe.generators.conv_generator import ConvGenerator
 from dp_transcribe.generators.dead_leaves import DeadLeaves
-from dp_transcribe.generators.figures import Figures
 from dp_transcribe.generators.footwear import Footwear
 from dp_transcribe.generators.garments import Garments
 from dp_transcribe.generators.mixture import Mixture
@@ -16,14 +15,12 @@ from dp_transcribe.generators.random_strokes import RandomStrokes
 from dp_transcribe.generators.silhouettes import Silhouettes
 from dp_transcribe.generators.smooth_noise import SmoothNoise
 from dp_transcribe.generators.trainable import TrainableGenerator
-from dp_transcribe.generators.wedges import Wedges
 
 __all__ = [
     "DOMAINS",
     "Bags",
     "ConvGenerator",
     "DeadLeaves",
-    "Figures",
     "Footwear",
     "Garments",
     "MLPGenerator",
@@ -34,7 +31,6 @@ __all__ = [
     "Silhouettes",
     "SmoothNoise",
     "TrainableGenerator",
-    "Wedges",
     "default_prior",
     "pretrain",
 ]

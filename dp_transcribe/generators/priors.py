@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dp_transcribe._validate import one_of
+from dp_transcribe.generators.bags import Bags
 from dp_transcribe.generators.base import ProceduralGenerator
 from dp_transcribe.generators.dead_leaves import DeadLeaves
-from dp_transcribe.generators.figures import Figures
+from dp_transcribe.generators.footwear import Footwear
+from dp_transcribe.generators.garments import Garments
 from dp_transcribe.generators.mixture import Mixture
 from dp_transcribe.generators.power_law_noise import PowerLawNoise
 from dp_transcribe.generators.random_strokes import RandomStrokes
 from dp_transcribe.generators.silhouettes import Silhouettes
 from dp_transcribe.generators.smooth_noise import SmoothNoise
-from dp_transcribe.generators.wedges import Wedges
 
 _DOMAINS: dict[str, tuple[tuple[type[ProceduralGenerator], float], ...]] = {
     "strokes": ((RandomStrokes, 0.7), (SmoothNoise, 0.3)),
-    "clothes": ((Figures, 0.5), (Wedges, 0.4), (SmoothNoise, 0.1)),
+    "clothes": (
+        (Garments, 0.6),
+        (Footwear, 0.2),
+        (Bags, 0.1),
+        (SmoothNoise, 0.1),
+    ),
     "natural": ((DeadLeaves, 0.5), (PowerLawNoise, 0.2), (Silhouettes, 0.3)),
 }
 DOMAINS = tuple(_DOMAINS)

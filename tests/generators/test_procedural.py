@@ -6,14 +6,12 @@ import tensorflow as tf
 from dp_transcribe.generators import (
     DOMAINS,
     DeadLeaves,
-    Figures,
     Mixture,
     PowerLawNoise,
     ProceduralGenerator,
     RandomStrokes,
     Silhouettes,
     SmoothNoise,
-    Wedges,
     default_prior,
 )
 
@@ -23,8 +21,6 @@ SOURCES = [
     DeadLeaves,
     PowerLawNoise,
     Silhouettes,
-    Figures,
-    Wedges,
 ]
 SHAPES = [(28, 28, 1), (32, 32, 3), (20, 27, 3)]
 
@@ -111,11 +107,6 @@ def test_every_argument_is_in_the_config_and_matters(source):
         "symmetry": 0.0,
         "shading": 0.0,
         "striped": 0.0,
-        "legs": 1.0,
-        "arms": 0.0,
-        "body": 1.0,
-        "handle": 1.0,
-        "straps": 1.0,
     }
     default = _images(source((28, 28, 1)))
     for name in set(config) - {"image_shape", "output_range"}:
@@ -257,10 +248,3 @@ def test_default_priors_fit_any_image_shape(domain, image_shape):
 def test_unknown_domain_is_refused():
     with pytest.raises(ValueError, match="domain"):
         default_prior((28, 28, 1), domain="faces")
-
-
-def test_figures_are_mirror_images_of_themselves_but_for_their_texture():
-    images = Figures((28, 28, 1), legs=1.0).sample(200, tf.constant([3, 4])).numpy()
-    mask = images[..., 0] > 0.05
-    agree = (mask == mask[:, :, ::-1]).mean()
-    assert agree > 0.93
