@@ -17,7 +17,7 @@ from dp_transcribe.generators.silhouettes import Silhouettes
 from dp_transcribe.generators.smooth_noise import SmoothNoise
 
 _DOMAINS: dict[str, tuple[tuple[type[ProceduralGenerator], float], ...]] = {
-    "strokes": ((RandomStrokes, 0.7), (SmoothNoise, 0.3)),
+    "strokes": ((RandomStrokes, 0.9), (SmoothNoise, 0.1)),
     "clothes": (
         (Garments, 0.6),
         (Footwear, 0.2),

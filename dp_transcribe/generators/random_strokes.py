@@ -30,7 +30,7 @@ def _bernstein(points: int) -> np.ndarray:
 
 @keras.saving.register_keras_serializable("dp_transcribe")
 class RandomStrokes(ProceduralGenerator):
-    """One to four random pen strokes on a black background.
+    """A few random pen strokes on a black background.
 
     Each stroke is a cubic Bézier curve that starts at a random place or anywhere on
     the stroke before it. The drawing is scaled to a random extent and centred, as
@@ -38,6 +38,10 @@ class RandomStrokes(ProceduralGenerator):
 
     A pixel's ink follows from the sum over curve points of Gaussians, which is a
     product of a row and a column factor; so a whole batch is one matrix product.
+
+    It reads no image. The default extent is the public format of MNIST (a box of 20
+    in 28 pixels); the other defaults were chosen by how well students do on training
+    images of MNIST that were held out from the teacher.
 
     Args:
         image_shape: `(height, width, channels)`.
@@ -62,9 +66,9 @@ class RandomStrokes(ProceduralGenerator):
         image_shape: Sequence[int],
         *,
         output_range: Sequence[float] = (0.0, 1.0),
-        strokes: Sequence[int] = (1, 4),
-        pen_radius: Sequence[float] = (0.6, 1.8),
-        extent: Sequence[float] = (0.5, 0.8),
+        strokes: Sequence[int] = (2, 5),
+        pen_radius: Sequence[float] = (0.6, 1.3),
+        extent: Sequence[float] = (0.68, 0.76),
         connected: float = 0.6,
         jitter: float = 0.06,
     ) -> None:
