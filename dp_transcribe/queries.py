@@ -18,6 +18,7 @@ from dp_transcribe import _validate
 from dp_transcribe.mechanisms.base import Batch, Mechanism
 from dp_transcribe.privacy.events import Event
 from dp_transcribe.privacy.ledger import Spend
+from dp_transcribe.privacy.units import Unit
 
 CHUNK = 1000
 
@@ -30,7 +31,8 @@ class FreshQueries:
         batch_size: queries per update, over all replicas.
 
     **Privacy**: releases touch disjoint answers and compose in parallel: the cost
-    for an answer is that of one release, whatever the number of updates.
+    for an answer (unit `RESPONSE`) is that of one release, whatever the number of
+    updates. For a record (unit `RECORD`) all releases compose.
     """
 
     batch_size: int = 1024
@@ -39,24 +41,38 @@ class FreshQueries:
         """Checks the batch size."""
         _validate.positive_int("batch_size", self.batch_size)
 
-    def schedule(self, event: Event) -> Event:
-        """What an answer bears over the whole run: one release."""
-        return event
+    def schedule(
+        self, event: Event, *, unit: Unit = Unit.RESPONSE, releases: int = 1
+    ) -> Event:
+        """What a unit bears over the whole run.
+
+        Args:
+            event: cost of one release.
+            unit: an answer bears one release, a record all of them.
+            releases: number of releases in the run.
+
+        Returns:
+            The event of the run.
+        """
+        if unit is Unit.RESPONSE:
+            return event
+        return dp_accounting.SelfComposedDpEvent(event, releases)
 
     def spend(self, mechanism: Mechanism, number: int) -> Spend:
-        """What one update costs an answer in it."""
+        """What one release costs a unit that it touches."""
         return Spend(
             unit=mechanism.unit,
             relation=mechanism.relation,
             event=mechanism.event(),
             mechanism=mechanism.name,
             group="fresh queries",
-            disjoint=True,
+            disjoint=mechanism.unit is Unit.RESPONSE,
         )
 
-    @property
-    def assumption(self) -> str:
-        """The sampling assumption, for the statement."""
+    def assumption(self, unit: Unit = Unit.RESPONSE) -> str | None:
+        """The sampling assumption, for the statement; None: what the ledger implies."""
+        if unit is Unit.RECORD:
+            return None
         return (
             "fresh queries: every answer of the teacher enters one release; releases "
             "compose in parallel"
@@ -104,8 +120,10 @@ class QueryPool:
         """Probability with which an update takes each member of the pool."""
         return self.batch_size / self.size
 
-    def schedule(self, event: Event) -> Event:
-        """What an answer bears over the life of its pool."""
+    def schedule(
+        self, event: Event, *, unit: Unit = Unit.RESPONSE, releases: int = 1
+    ) -> Event:
+        """What an answer bears over the life of its pool, whatever the run's length."""
         return dp_accounting.SelfComposedDpEvent(self._sampled(event), self.updates)
 
     def spend(self, mechanism: Mechanism, number: int) -> Spend:
@@ -123,8 +141,7 @@ class QueryPool:
             return event
         return dp_accounting.PoissonSampledDpEvent(self.sampling_probability, event)
 
-    @property
-    def assumption(self) -> str:
+    def assumption(self, unit: Unit = Unit.RESPONSE) -> str | None:
         """The sampling assumption, for the statement."""
         return (
             f"Poisson sampling with probability {self.sampling_probability:.6g} from "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -36,6 +37,7 @@ from dp_transcribe.mechanisms.weight_gradient import ClippedGradient, Normalized
 from dp_transcribe.privacy.accounting import ACCOUNTANTS
 from dp_transcribe.privacy.ledger import Ledger, Spend
 from dp_transcribe.privacy.statement import PrivacyStatement, statement_from_ledger
+from dp_transcribe.privacy.units import Unit
 from dp_transcribe.queries import FreshQueries, Queries, QueryPool
 from dp_transcribe.students import check_student
 from dp_transcribe.teachers import Teacher
@@ -81,7 +83,8 @@ class DPTranscriber(keras.Model):
         schedule: epochs and steps per epoch that `fit` takes by default.
         seed: None for secret noise. A given seed is for tests: the statement says so.
 
-    **Privacy**: unit `RESPONSE`; the ledger is written before a noisy result is used.
+    **Privacy**: the unit is the mechanism's: `RESPONSE` for the published methods on
+    one teacher. The ledger is written before a noisy result is used.
     Checkpoints hold the noise key and the teacher: release only what
     `export_student` writes.
 
@@ -154,7 +157,7 @@ class DPTranscriber(keras.Model):
         self._pool_updates = 0
         self._target_epsilon: float | None = None
         self._budget: int | None = None
-        self._horizon = 0
+        self._horizon = self._planned = 0
         self._shown_until = 0
         self._epsilon_shown = 0.0
         self._trackers = {
@@ -355,8 +358,9 @@ class DPTranscriber(keras.Model):
         Args:
             epochs: number of epochs, as in Keras; by default that of `schedule`.
             steps_per_epoch: `train_step`s per epoch; by default that of `schedule`.
-            target_epsilon: never passed, per answer of the teacher (unit
-                `RESPONSE`). Fixes the noise of a mechanism that has none yet.
+            target_epsilon: never passed, per unit of the mechanism (an answer of
+                the teacher for `RESPONSE`). Fixes the noise of a mechanism that has
+                none yet.
             delta: of the target and of the epsilon that is shown.
             accountant: of the target and of the epsilon that is shown: `"rdp"`, or
                 `"pld"`, which is tighter, so needs less noise, and takes seconds.
@@ -383,11 +387,12 @@ class DPTranscriber(keras.Model):
         self.accountant = _validate.one_of("accountant", accountant, ACCOUNTANTS)
         if not self.compiled:
             raise ValueError("Call `compile` before `fit`.")
+        executions = -(-steps_per_epoch // self.steps_per_execution)
+        self._horizon = executions * self._releases_at_once
+        self._planned = self._horizon * max(epochs - initial_epoch, 1)
         self._calibrate(target_epsilon)
         self._target_epsilon = target_epsilon
         self._budget = self._releases_within(target_epsilon)
-        executions = -(-steps_per_epoch // self.steps_per_execution)
-        self._horizon = executions * self._releases_at_once
         self._shown_until = 0
         self._prepare()
         return super().fit(
@@ -411,8 +416,11 @@ class DPTranscriber(keras.Model):
                 f"{self.mechanism.name} has no noise yet. Pass `target_epsilon` to "
                 "`fit`, or give the mechanism its noise."
             )
+        schedule = functools.partial(
+            self.queries.schedule, unit=self.mechanism.unit, releases=self._planned
+        )
         self._mechanism = self.mechanism.calibrated(
-            target_epsilon, self._delta, self.queries.schedule, self.accountant
+            target_epsilon, self._delta, schedule, self.accountant
         )
         logger.info("Calibrated to epsilon %s: %s", target_epsilon, self.mechanism)
 
@@ -451,9 +459,10 @@ class DPTranscriber(keras.Model):
 
     @property
     def _releases_per_step(self) -> int:
-        """Releases that an answer may enter in one `train_step`."""
+        """Releases to one unit in one `train_step`."""
         by_answer = isinstance(self.mechanism, AnswerMechanism)
-        return 1 if by_answer else self.student_updates
+        batches = 1 if by_answer else self.student_updates
+        return batches * self.mechanism.releases_per_batch(self.queries.batch_size)
 
     @property
     def _releases_at_once(self) -> int:
@@ -461,17 +470,21 @@ class DPTranscriber(keras.Model):
         return self.steps_per_execution * self._releases_per_step
 
     def _releases_within(self, target_epsilon: float | None) -> int:
-        """Releases that an answer may enter; refuses if that is not even one step.
+        """Releases that a unit may bear; refuses if that is not even one step.
 
         Args:
             target_epsilon: the target, or None for no limit but the pool's own.
 
         Returns:
-            The number, for an answer that entered none before.
+            The number, for an answer that entered none before, or the number of
+            further ones for a record.
         """
         limit = needed = 1
         if isinstance(self.queries, QueryPool):
             limit, needed = self.queries.updates, self._releases_at_once
+        elif self._runs_down:
+            needed = self._releases_at_once
+            limit = max(self._planned, needed)
         if needed > limit:
             expected = f"at least student_updates * steps_per_execution = {needed}"
             raise _validate.invalid("updates", limit, expected)
@@ -496,16 +509,25 @@ class DPTranscriber(keras.Model):
     def _account(self, steps: int) -> None:
         """Records what the next steps spend; renews the pool when it is used up."""
         learner = self._make_learner()
-        if self._budget is None:
-            self._budget = self._releases_within(self._target_epsilon)
         releases = steps * self._releases_per_step
-        if isinstance(learner, GradientLearner) and learner.pool is not None:
+        if self._budget is None or (self._runs_down and self._budget < releases):
+            self._budget = self._releases_within(self._target_epsilon)
+        if self._runs_down:
+            self._budget -= releases
+            limited = self._target_epsilon is not None
+            self.stop_training |= limited and self._budget < releases
+        elif isinstance(learner, GradientLearner) and learner.pool is not None:
             self._turn_pool(learner, releases)
         self.ledger.record(self._spend(self._pool_number), releases)
         if self._shown_until <= 0:
             self._shown_until = max(self._horizon, releases)
             self._epsilon_shown = self._epsilon_ahead(releases, self._budget)
         self._shown_until -= releases
+
+    @property
+    def _runs_down(self) -> bool:
+        """Whether every release uses up some of the budget: a record bears all."""
+        return self.mechanism.unit is Unit.RECORD
 
     def _turn_pool(self, learner: GradientLearner, releases: int) -> None:
         """Counts updates of the pool, renews it, stops where the budget ends."""
@@ -525,7 +547,7 @@ class DPTranscriber(keras.Model):
     def _epsilon_ahead(self, releases: int, budget: int) -> float:
         """Epsilon at the end of the epoch that these releases begin."""
         ahead, pool = self._shown_until - releases, self._pool_number
-        counts = {pool: ahead}
+        counts = {pool: min(ahead, budget) if self._runs_down else ahead}
         if isinstance(self.queries, QueryPool):
             here = (budget - self._pool_updates) // releases * releases
             whole = budget // releases * releases
@@ -557,7 +579,7 @@ class DPTranscriber(keras.Model):
             accountant: `"rdp"` or `"pld"`, by default that of `fit`.
 
         Returns:
-            The statement, of unit `RESPONSE`.
+            The statement, of the mechanism's unit.
         """
         covered, not_covered = ["student"], ["teacher", "checkpoints (they hold keys)"]
         (covered if self.generator_covered else not_covered).append("generator")
@@ -570,7 +592,7 @@ class DPTranscriber(keras.Model):
             mechanism=self.mechanism.name,
             covered=covered,
             not_covered=not_covered,
-            sampling=self.queries.assumption,
+            sampling=self.queries.assumption(self.mechanism.unit),
             noise_seed=self.seed,
             details={"mechanism": self.mechanism.get_config()},
         )
@@ -744,6 +766,10 @@ def _check_objective(objective: GeneratorObjective) -> None:
 def _check_queries(queries: Queries, mechanism: Mechanism, replicas: int) -> None:
     """Refuses a sampler that the mechanism's cost is not stated for."""
     _validate.instance_of("queries", queries, (FreshQueries, QueryPool))
+    if isinstance(queries, QueryPool) and mechanism.unit is Unit.RECORD:
+        mend = "Sampling queries hides no record: each can change every answer."
+        expected = f"FreshQueries with {mechanism.name}, of unit RECORD"
+        raise _validate.invalid("queries", queries, expected, mend)
     reusable = isinstance(mechanism, GradientMechanism) and mechanism.reusable
     if isinstance(queries, QueryPool) and not reusable:
         mend = "It noises every answer by itself; use FreshQueries."

@@ -94,9 +94,9 @@ def test_calibration_for_the_schedule_keeps_the_target(queries, target):
 
 
 def test_statement_names_the_sampling():
-    assert "Poisson" in POOL.assumption and "0.05" in POOL.assumption
-    assert "fresh" in FreshQueries().assumption
-    assert "Poisson" not in FreshQueries().assumption
+    assert "Poisson" in POOL.assumption() and "0.05" in POOL.assumption()
+    assert "fresh" in FreshQueries().assumption()
+    assert "Poisson" not in FreshQueries().assumption()
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True])

@@ -52,6 +52,21 @@ class Mechanism(abc.ABC):
     def event(self) -> Event:
         """Cost of one release to one answer that enters it."""
 
+    def releases_per_batch(self, batch_size: int) -> int:
+        """Releases to one unit from one batch of queries.
+
+        Under unit `RESPONSE` an answer is in one release. Under unit `RECORD` nothing
+        composes in parallel, since one record can change every answer: a mechanism
+        that releases each answer by itself makes `batch_size` releases.
+
+        Args:
+            batch_size: queries in the batch, over all replicas.
+
+        Returns:
+            How often `event` is recorded for the batch.
+        """
+        return 1
+
     @abc.abstractmethod
     def calibrated(
         self: MechanismT,
@@ -280,6 +295,10 @@ class Released:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnswerMechanism(Mechanism):
     """Releases each answer by itself, once; what is released is memoised."""
+
+    def releases_per_batch(self, batch_size: int) -> int:
+        """Releases to one unit from one batch: one per answer under `RECORD`."""
+        return batch_size if self.unit is Unit.RECORD else 1
 
     @abc.abstractmethod
     def release(

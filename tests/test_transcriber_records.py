@@ -1,0 +1,118 @@
+"""Mechanisms of unit RECORD: every release composes with every other."""
+
+import dataclasses
+
+import dp_accounting
+import numpy as np
+import pytest
+
+import dp_transcribe as dpt
+from dp_transcribe.mechanisms import NoisyAnswer, NormalizedGradient
+from dp_transcribe.privacy.units import Unit
+from dp_transcribe.queries import FreshQueries
+from tests import tiny
+from tests.tiny import fit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecordAnswer(NoisyAnswer):
+    """Each answered query is a release that every record may change."""
+
+    unit = Unit.RECORD
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecordGradient(NormalizedGradient):
+    """Each update is a release that every record may change."""
+
+    unit = Unit.RECORD
+
+
+def epsilon(model):
+    return model.ledger.epsilon(unit=Unit.RECORD, delta=tiny.DELTA)
+
+
+class Watch(tiny.Watch):
+    def on_train_batch_end(self, batch, logs=None):
+        self.batches.append((logs["epsilon"], epsilon(self.model)))
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.epochs.append((logs["epsilon"], epsilon(self.model)))
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "count"),
+    [(RecordAnswer(noise_multiplier=50.0), 3 * 16), (RecordGradient(), 3 * 2)],
+    ids=["one per answered query", "one per update"],
+)
+def test_every_release_is_recorded_and_none_in_parallel(mechanism, count):
+    model = tiny.transcriber(mechanism, student_updates=2)
+    fit(model, 3, target_epsilon=1.0)
+    (entry,) = model.ledger.entries
+    assert entry.count == count == model.ledger.releases(Unit.RECORD)
+    assert entry.spend.unit is Unit.RECORD and not entry.spend.disjoint
+    sigma = model.mechanism.noise_multiplier
+    accountant = dp_accounting.rdp.RdpAccountant()
+    accountant.compose(dp_accounting.GaussianDpEvent(sigma), count)
+    assert epsilon(model) == pytest.approx(accountant.get_epsilon(tiny.DELTA))
+
+
+@pytest.mark.parametrize("mechanism", [RecordAnswer(), RecordGradient()])
+def test_noise_is_calibrated_to_the_whole_run(mechanism):
+    model, watch = tiny.transcriber(mechanism), Watch()
+    fit(model, 3, epochs=2, target_epsilon=1.0, callbacks=[watch])
+    assert len(watch.batches) == 6
+    assert 0.99 < epsilon(model) <= 1.0
+    for shown, spent in watch.batches + watch.epochs:
+        assert spent <= shown + 1e-9 and shown <= 1.0
+    statement = model.privacy_statement()
+    assert statement.unit is Unit.RECORD
+    assert "parallel" not in statement.sampling
+
+
+def test_training_stops_at_the_last_step_inside_the_budget():
+    model, watch = tiny.transcriber(RecordGradient(noise_multiplier=8.0)), Watch()
+    fit(model, 5, epochs=10, target_epsilon=2.0, callbacks=[watch])
+    spend = model.ledger.entries[-1].spend
+    further = model.ledger.epsilon_after(spend, 1, unit=Unit.RECORD, delta=tiny.DELTA)
+    assert 0 < len(watch.batches) < 50
+    assert epsilon(model) <= 2.0 < further
+    spent = epsilon(model)
+    with pytest.raises(dpt.BudgetExceededError):
+        model.train_on_batch(np.zeros((1,)))
+    with pytest.raises(dpt.BudgetExceededError):
+        fit(model, 1, target_epsilon=2.0)
+    assert epsilon(model) == spent
+
+
+def test_without_a_target_nothing_stops_the_run():
+    model = tiny.transcriber(RecordAnswer(noise_multiplier=10.0))
+    fit(model, 3, epochs=2)
+    model.train_on_batch(np.zeros((1,)))
+    assert model.ledger.releases(Unit.RECORD) == 7 * 16
+
+
+def test_less_noise_than_one_step_needs_is_refused_before_it():
+    model = tiny.transcriber(RecordAnswer(noise_multiplier=4.0))
+    weights = tiny.flat_weights(model.student)
+    with pytest.raises(dpt.BudgetExceededError, match="RECORD"):
+        fit(model, 1, target_epsilon=1.0)
+    assert not model.ledger.entries
+    assert np.array_equal(weights, tiny.flat_weights(model.student))
+
+
+def test_a_sample_of_queries_hides_no_record():
+    with pytest.raises(ValueError, match="FreshQueries"):
+        tiny.transcriber(RecordGradient(), queries=tiny.POOL)
+
+
+def test_several_steps_per_execution_are_accounted_together():
+    model = tiny.transcriber(
+        RecordGradient(),
+        queries=FreshQueries(batch_size=8),
+        eager=False,
+        compile_arguments={"steps_per_execution": 2},
+    )
+    fit(model, 4, target_epsilon=1.0)
+    assert model.ledger.releases(Unit.RECORD) == 4
+    assert 0.99 < epsilon(model) <= 1.0
