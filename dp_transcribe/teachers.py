@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import keras
@@ -13,9 +15,13 @@ import numpy as np
 import tensorflow as tf
 
 from dp_transcribe._validate import invalid, one_of
+from dp_transcribe.privacy.inheritance import check_inheritable, read_statement
+from dp_transcribe.privacy.statement import PrivacyStatement
 
 Outputs = Literal["logits", "probabilities"]
 _PROBE_IMAGES = 32
+# Which file a statement beside a teacher belongs to.
+_DIGEST = "model_sha256"
 
 
 class Teacher:
@@ -27,7 +33,8 @@ class Teacher:
     export.
 
     **Privacy**: everything a teacher returns depends on its private training data.
-    What leaves the process must go through a mechanism.
+    What leaves the process must go through a mechanism. A teacher with a `statement`
+    was itself trained privately; `Inherited` hands its answers on as they are.
 
     Args:
         model: A Keras model, the path of a `.keras` file or SavedModel, or a callable
@@ -37,6 +44,8 @@ class Teacher:
         input_shape: Shape of one input, `(height, width, channels)`. Needed for a
             callable only; read from the model otherwise.
         input_range: Lowest and highest value of a valid input.
+        statement: The privacy statement of a teacher that was trained privately, unit
+            `RECORD`. That it is true of this teacher is the promise of the caller.
 
     Attributes:
         model: The Keras model, or `None` for a SavedModel or callable.
@@ -54,7 +63,9 @@ class Teacher:
         outputs: Outputs | None = None,
         input_shape: Sequence[int] | None = None,
         input_range: Sequence[float] = (0.0, 1.0),
+        statement: PrivacyStatement | None = None,
     ) -> None:
+        self.statement = None if statement is None else check_inheritable(statement)
         if isinstance(model, (str, os.PathLike)):
             model = _load(model)
         one_of("outputs", outputs, (None, "logits", "probabilities"))
@@ -123,6 +134,7 @@ class Teacher:
             "outputs": self.outputs,
             "input_shape": list(self.input_shape),
             "input_range": list(self.input_range),
+            "statement": self.statement and self.statement.to_dict(),
         }
 
     @classmethod
@@ -130,7 +142,33 @@ class Teacher:
         """The teacher that `get_config` described, with fresh weights."""
         config = dict(config)
         model = keras.saving.deserialize_keras_object(config.pop("model"))
-        return cls(model, **config)
+        values = config.pop("statement", None)
+        statement = None if values is None else PrivacyStatement.from_dict(values)
+        return cls(model, statement=statement, **config)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a Keras teacher, and its statement beside it.
+
+        Args:
+            path: Ends in `.keras`. The statement of `teacher.keras` is
+                `teacher.statement.json`; it names the SHA-256 of the file it is of.
+
+        Raises:
+            ValueError: the teacher is not a Keras model.
+        """
+        path = Path(path)
+        if self.model is None or path.suffix != ".keras":
+            expected = "a Keras teacher and a path that ends in .keras"
+            raise invalid("path", (self._forward, str(path)), expected)
+        beside = _beside(path)
+        # In this order a crash leaves a teacher without a statement, never another's.
+        beside.unlink(missing_ok=True)
+        self.model.save(path)
+        if self.statement is None:
+            return
+        details = {**self.statement.details, _DIGEST: _digest(path)}
+        statement = dataclasses.replace(self.statement, details=details)
+        beside.write_text(statement.to_json() + "\n", encoding="utf-8")
 
     def get_weights(self) -> list[np.ndarray]:
         """The weights of a Keras teacher; none of any other."""
@@ -164,6 +202,7 @@ def load_teacher(
     *,
     outputs: Outputs | None = None,
     input_range: Sequence[float] = (0.0, 1.0),
+    statement: PrivacyStatement | str | os.PathLike[str] | None = None,
 ) -> Teacher:
     """Loads a teacher from a `.keras` (or `.h5`) file or a SavedModel folder.
 
@@ -171,12 +210,40 @@ def load_teacher(
         path: Where the model is.
         outputs: See `Teacher`.
         input_range: See `Teacher`.
+        statement: The privacy statement of a privately trained teacher, or its JSON
+            file. By default the file that `Teacher.save` wrote beside it, if any.
 
     Raises:
         FileNotFoundError: if nothing is there.
-        ValueError: if what is there cannot be read as a classifier.
+        ValueError: if what is there cannot be read as a classifier, or the statement is
+            malformed or of another file.
     """
-    return Teacher(path, outputs=outputs, input_range=input_range)
+    if statement is None and _beside(Path(path)).exists():
+        statement = _beside(Path(path))
+    if isinstance(statement, (str, os.PathLike)):
+        statement = _statement_of(Path(path), Path(statement))
+    return Teacher(path, outputs=outputs, input_range=input_range, statement=statement)
+
+
+def _beside(path: Path) -> Path:
+    """Where the statement of the teacher at `path` is."""
+    return path.with_name(f"{path.stem}.statement.json")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _statement_of(path: Path, file: Path) -> PrivacyStatement:
+    """Reads a statement, refused if it says that it is of another teacher."""
+    statement = read_statement(file)
+    details = dict(statement.details)
+    digest = details.pop(_DIGEST, None)
+    if digest is not None and (not path.is_file() or digest != _digest(path)):
+        mend = "The teacher was overwritten: take the statement that belongs to it."
+        expected = f"a statement of {path}"
+        raise invalid("statement", str(file), expected, mend)
+    return dataclasses.replace(statement, details=details)
 
 
 def _load(path: str | os.PathLike[str]) -> Any:

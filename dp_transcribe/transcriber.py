@@ -26,6 +26,7 @@ from dp_transcribe.mechanisms.base import AnswerMechanism, GradientMechanism, Me
 from dp_transcribe.mechanisms.clipping.validate import (
     check_student as check_clippable,
 )
+from dp_transcribe.mechanisms.inherited import Inherited
 from dp_transcribe.mechanisms.noise import QUERIES, NoiseSource
 from dp_transcribe.mechanisms.noisy_answer import NoisyAnswer
 from dp_transcribe.mechanisms.output_gradient import NormalizedOutputGradient
@@ -35,6 +36,7 @@ from dp_transcribe.mechanisms.randomized_response import (
 )
 from dp_transcribe.mechanisms.weight_gradient import ClippedGradient, NormalizedGradient
 from dp_transcribe.privacy.accounting import ACCOUNTANTS
+from dp_transcribe.privacy.inheritance import inherit
 from dp_transcribe.privacy.ledger import Ledger, Spend
 from dp_transcribe.privacy.statement import PrivacyStatement, statement_from_ledger
 from dp_transcribe.privacy.units import Unit
@@ -213,8 +215,9 @@ class DPTranscriber(keras.Model):
         check_clippable(self.student)
         _check_dtype(self.dtype_policy)
         self.mechanism.check(self.teacher.num_classes)
+        _check_inherited(self.mechanism, self.teacher)
         if self.trains_generator:
-            _check_objective(self.objective)
+            _check_objective(self.objective, self.mechanism)
         for name in ("generator", "public_prior"):
             _check_source(name, getattr(self, name), self.teacher)
         _check_queries(self.queries, self.mechanism, self._num_replicas)
@@ -302,7 +305,10 @@ class DPTranscriber(keras.Model):
         return {k: v for k, v in results.items() if k not in self._trackers}
 
     def _update_generator(self) -> tf.Tensor:
-        """One update with the student as fixed discriminator, never the teacher."""
+        """One update with the student as fixed discriminator.
+
+        The teacher is read only where it is itself private (`Inherited`).
+        """
         number = self.noise.advance()
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         seed = self.noise.stream(number, QUERIES, part=replica)
@@ -310,12 +316,19 @@ class DPTranscriber(keras.Model):
         inputs = self.generator.draw_inputs(count, as_int32(seed))
         variables = self.generator.trainable_variables
         with tf.GradientTape() as tape:
-            logits = self.student(self.generator(*inputs), training=False)
-            loss = self.objective(logits)
+            images = self.generator(*inputs)
+            logits = self.student(images, training=False)
+            loss = self.objective(logits, **self._read_teacher(images))
         gradients = tape.gradient(loss, variables)
         scale = 1.0 / self._num_replicas
         self.generator_optimizer.apply([g * scale for g in gradients], variables)
         return loss
+
+    def _read_teacher(self, images: tf.Tensor) -> dict[str, Any]:
+        """What the objective reads of a private teacher; nothing of any other."""
+        if not isinstance(self.mechanism, Inherited) or not self.objective.adversarial:
+            return {}
+        return {"released": self.teacher.probabilities(images)}
 
     def draw_queries(self, count: tf.Tensor | int, seed: tf.Tensor) -> tf.Tensor:
         """Images to ask about: from the generator and the public prior.
@@ -479,6 +492,9 @@ class DPTranscriber(keras.Model):
             The number, for an answer that entered none before, or the number of
             further ones for a record.
         """
+        if isinstance(self.mechanism, Inherited):
+            self._check_inherited_target(self.mechanism, target_epsilon)
+            return 0
         limit = needed = 1
         if isinstance(self.queries, QueryPool):
             limit, needed = self.queries.updates, self._releases_at_once
@@ -506,12 +522,29 @@ class DPTranscriber(keras.Model):
             )
         return allowed
 
+    def _check_inherited_target(
+        self, mechanism: Inherited, target_epsilon: float | None
+    ) -> None:
+        """Refuses a target that the teacher has passed."""
+        if target_epsilon is None or mechanism.keeps(target_epsilon, self._delta):
+            return
+        spent = mechanism.statement
+        raise BudgetExceededError(
+            f"The teacher has passed target_epsilon={target_epsilon} per RECORD at "
+            f"delta={self._delta}: its statement says epsilon={spent.epsilon:.6g} at "
+            f"delta={spent.delta:g}. Nothing was spent. Train a teacher for a smaller "
+            "epsilon, or raise the target."
+        )
+
     def _account(self, steps: int) -> None:
         """Records what the next steps spend; renews the pool when it is used up."""
         learner = self._make_learner()
         releases = steps * self._releases_per_step
         if self._budget is None or (self._runs_down and self._budget < releases):
             self._budget = self._releases_within(self._target_epsilon)
+        if isinstance(self.mechanism, Inherited):
+            self._epsilon_shown = self.mechanism.statement.epsilon
+            return
         if self._runs_down:
             self._budget -= releases
             limited = self._target_epsilon is not None
@@ -579,10 +612,17 @@ class DPTranscriber(keras.Model):
             accountant: `"rdp"` or `"pld"`, by default that of `fit`.
 
         Returns:
-            The statement, of the mechanism's unit.
+            The statement, of the mechanism's unit. One that is inherited keeps the
+            teacher's own delta and accountant.
         """
         covered, not_covered = ["student"], ["teacher", "checkpoints (they hold keys)"]
         (covered if self.generator_covered else not_covered).append("generator")
+        if isinstance(self.mechanism, Inherited):
+            _validate.one_of("delta", delta, (None, self.mechanism.statement.delta))
+            left_out = not_covered[2:]
+            return inherit(
+                self.mechanism.statement, covered=covered, not_covered=left_out
+            )
         return statement_from_ledger(
             self.ledger,
             unit=self.mechanism.unit,
@@ -611,8 +651,7 @@ class DPTranscriber(keras.Model):
             config[name] = serialize(getattr(self, name))
         for name in ("mechanism", "queries", "objective"):
             value = getattr(self, name)
-            fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-            config[name] = {"kind": type(value).__name__, "fields": fields}
+            config[name] = {"kind": type(value).__name__, "fields": _config_of(value)}
         config["teacher"] = self.teacher.get_config()
         return {**super().get_config(), **config}
 
@@ -624,7 +663,7 @@ class DPTranscriber(keras.Model):
             config[name] = keras.saving.deserialize_keras_object(config[name])
         for name in ("mechanism", "queries", "objective"):
             entry = config[name]
-            config[name] = _KINDS[entry["kind"]](**entry["fields"])
+            config[name] = _made_from(_KINDS[entry["kind"]], entry["fields"])
         config["teacher"] = Teacher.from_config(config["teacher"])
         return cls(**config)
 
@@ -652,7 +691,7 @@ class DPTranscriber(keras.Model):
         super().load_own_variables({str(i): store[str(i)] for i in range(own)})
         self.ledger = Ledger.from_json(_as_text(store["ledger"]))
         state = json.loads(_as_text(store["state"]))
-        self._mechanism = type(self.mechanism)(**state["mechanism"])
+        self._mechanism = type(self.mechanism).from_config(state["mechanism"])
         self.delta, self.accountant = state["delta"], state["accountant"]
         self.seed = state["seed"]
         self._pool_number = state["pool_number"]
@@ -701,6 +740,7 @@ _KINDS: dict[str, Any] = {
     kind.__name__: kind
     for kind in (
         ClippedGradient,
+        Inherited,
         NormalizedGradient,
         NormalizedOutputGradient,
         NoisyAnswer,
@@ -711,6 +751,18 @@ _KINDS: dict[str, Any] = {
         GeneratorObjective,
     )
 }
+
+
+def _config_of(value: Any) -> dict[str, Any]:
+    """The fields of a mechanism, a sampler or an objective."""
+    if isinstance(value, Mechanism):
+        return value.get_config()
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+
+
+def _made_from(kind: Any, fields: dict[str, Any]) -> Any:
+    """The opposite of `_config_of`."""
+    return kind.from_config(fields) if issubclass(kind, Mechanism) else kind(**fields)
 
 
 def _as_bytes(text: str) -> np.ndarray:
@@ -750,14 +802,29 @@ def _check_dtype(policy: Any) -> None:
         raise _validate.invalid("dtype", policy.name, "no float16 policy", mend)
 
 
-def _check_objective(objective: GeneratorObjective) -> None:
-    """Refuses terms that need more than the student's logits."""
-    for name in (
-        "activation",
-        "adversarial",
-        "student_disagreement",
-        "batch_norm_statistics",
-    ):
+def _check_inherited(mechanism: Mechanism, teacher: Teacher) -> None:
+    """Refuses to hand on the answers of a teacher that is not known to be private."""
+    if not isinstance(mechanism, Inherited):
+        return
+    own = teacher.statement
+    if own is not None and own.to_json() == mechanism.statement.to_json():
+        return
+    expected = "a teacher with the privacy statement that `Inherited` was given"
+    mend = (
+        "Train it with `fit_private_teacher`, or pass its statement to `load_teacher`."
+    )
+    raise _validate.invalid("teacher", own, expected, mend)
+
+
+def _check_objective(objective: GeneratorObjective, mechanism: Mechanism) -> None:
+    """Refuses terms that need more than the student's logits.
+
+    A teacher that is itself private may be read, too.
+    """
+    refused = ["activation", "student_disagreement", "batch_norm_statistics"]
+    if not isinstance(mechanism, Inherited):
+        refused.append("adversarial")
+    for name in refused:
         if getattr(objective, name) != 0:
             expected = f"an objective of the student's logits alone, with {name}=0"
             raise _validate.invalid("objective", objective, expected)

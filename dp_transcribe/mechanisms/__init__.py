@@ -1,5 +1,6 @@
 """What is released of the teacher's answers, how it is noised and what it costs."""
 
+from dp_transcribe.mechanisms.inherited import Inherited
 from dp_transcribe.mechanisms.noisy_answer import NoisyAnswer
 from dp_transcribe.mechanisms.output_gradient import NormalizedOutputGradient
 from dp_transcribe.mechanisms.randomized_response import (
@@ -10,6 +11,7 @@ from dp_transcribe.mechanisms.weight_gradient import ClippedGradient, Normalized
 
 __all__ = [
     "ClippedGradient",
+    "Inherited",
     "NoisyAnswer",
     "NormalizedGradient",
     "NormalizedOutputGradient",

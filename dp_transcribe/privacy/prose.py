@@ -69,6 +69,18 @@ def protection(statement: "PrivacyStatement") -> str:
     )
 
 
+def inheritance(statement: "PrivacyStatement") -> str:
+    """Whose guarantee this is, if it was passed on."""
+    if statement.inherited_from is None:
+        return ""
+    return (
+        f"Inherited from {statement.inherited_from} by post-processing: what is "
+        "covered was computed from its answers and from public randomness alone, so "
+        "its own guarantee holds unchanged. The private records were not read again, "
+        "no noise was added, and no number of questions spends more."
+    )
+
+
 def neighbours(statement: "PrivacyStatement") -> str:
     """The neighbouring relation and who computed the figure."""
     return (

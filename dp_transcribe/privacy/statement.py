@@ -46,6 +46,8 @@ class PrivacyStatement:
         noise_seed: the seed of the noise, None if it came from secret entropy.
         details: further public facts (JSON values), never derived from private data.
         versions: versions of the packages that made the releases.
+        inherited_from: whose guarantee this is, where it is passed on by
+            post-processing (see `inherit`); None if the releases are its own.
 
     Privacy:
         A statement is public. It holds configuration and ledger, no private data.
@@ -67,6 +69,7 @@ class PrivacyStatement:
     noise_seed: int | None
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    inherited_from: str | None = None
 
     def __post_init__(self) -> None:
         """Checks the fields."""
@@ -91,6 +94,7 @@ class PrivacyStatement:
         paragraphs = [
             prose.headline(self),
             prose.protection(self),
+            prose.inheritance(self),
             prose.neighbours(self),
             prose.scope(self),
             prose.assumptions(self),
@@ -141,19 +145,23 @@ class PrivacyStatement:
             ValueError: the text is not that of a statement.
         """
         try:
-            values = json.loads(text)
-            values.update(
-                unit=Unit(values["unit"]),
-                relation=Relation[values["relation"]],
-                epsilon=_number_from_json(values["epsilon"]),
-                epsilon_pld=_number_from_json(values["epsilon_pld"]),
-                covered=tuple(values["covered"]),
-                not_covered=tuple(values["not_covered"]),
-            )
-            return cls(**values)
+            return cls.from_dict(json.loads(text))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             expected = f"the JSON of a privacy statement ({error})"
             raise _validate.invalid("text", text[:200], expected) from error
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "PrivacyStatement":
+        """Reads what `to_dict` wrote; raises what a missing or wrong value raises."""
+        parsed = {
+            "unit": Unit(values["unit"]),
+            "relation": Relation[values["relation"]],
+            "epsilon": _number_from_json(values["epsilon"]),
+            "epsilon_pld": _number_from_json(values["epsilon_pld"]),
+            "covered": tuple(values["covered"]),
+            "not_covered": tuple(values["not_covered"]),
+        }
+        return cls(**{**values, **parsed})
 
 
 def statement_from_ledger(
