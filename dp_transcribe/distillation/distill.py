@@ -78,7 +78,7 @@ def distill(
     **Privacy**: unit `RECORD`, zero-out; the statement is in the result.
     """
     settings = settings or Distillation()
-    whitening = _whitening(kernel, source, settings, seed)
+    whitening = public_whitening(kernel, source, settings, seed=seed)
     if features is None:
         features = embed_in_batches(kernel, images)
     if len(features) != len(images):
@@ -105,10 +105,24 @@ def distill(
     return distilled, model
 
 
-def _whitening(
-    kernel: Kernel, source: ImageSource, settings: Distillation, seed: int | None
+def public_whitening(
+    kernel: Kernel,
+    source: ImageSource,
+    settings: Distillation,
+    *,
+    seed: int | None = None,
 ) -> PublicWhitening:
-    """Whitening by images of the public source."""
+    """Whitening of a kernel's embeddings by images of a public source.
+
+    Args:
+        kernel: embeds the images.
+        source: public images.
+        settings: how many images, and how strongly they whiten.
+        seed: of the public images.
+
+    Returns:
+        The map.
+    """
     batches = -(-settings.public_images // _PUBLIC_BATCH)
     parts = [
         kernel.embed(source.sample(_PUBLIC_BATCH, _public_seed(seed, part))).numpy()

@@ -174,7 +174,7 @@ class PrivateLinearModel:
         outputs = [np.zeros((0, self.num_classes), np.float32)]
         for start in range(0, len(features), _CHUNK):
             batch = tf.cast(features[start : start + _CHUNK], tf.float32)
-            outputs.append(_logits(batch, self.centre, weights).numpy())
+            outputs.append(centred_logits(batch, self.centre, weights).numpy())
         return np.concatenate(outputs)
 
     def predict(self, features: np.ndarray) -> np.ndarray:
@@ -335,7 +335,19 @@ def clipped_sum(features: tf.Tensor) -> tf.Tensor:
 
 
 @tf.function(reduce_retracing=True)
-def _logits(features: tf.Tensor, centre: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+def centred_logits(
+    features: tf.Tensor, centre: tf.Tensor, weights: tf.Tensor
+) -> tf.Tensor:
+    """Scores of the classes by a fitted `PrivateLinearModel`.
+
+    Args:
+        features: float32 `[n, features]`.
+        centre: float32 `[features]`; all zero leaves the features as they are.
+        weights: float32 `[features, classes]`.
+
+    Returns:
+        float32 `[n, classes]`.
+    """
     offsets = features - centre
     scales = _scales(tf.norm(offsets, axis=1), centre)
     return scales[:, None] * tf.matmul(offsets, weights)

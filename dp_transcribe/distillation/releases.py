@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import dp_accounting
@@ -35,6 +36,9 @@ class RecordSums:
     moves by at most `l2_norm`, and nothing else scales the noise. That each
     contribution is within the bound is the promise of the caller. Every release is
     written to `ledger` before its noise is drawn, an empty sample included.
+
+    Attributes:
+        source: key and counter of the noise, as secret as the records.
     """
 
     def __init__(
@@ -59,13 +63,13 @@ class RecordSums:
             event=sum_event(self.noise_multiplier, self.sampling_probability),
             mechanism=mechanism,
         )
-        self._source = NoiseSource(seed)
+        self.source = NoiseSource(seed)
         self._number: tf.Tensor | None = None
 
     def begin(self) -> None:
         """Records the next release; call it before looking at any record."""
         self.ledger.record(self.spend)
-        self._number = self._source.advance()
+        self._number = self.source.advance()
 
     def sample(self, num_records: int) -> tf.Tensor:
         """Draws the records of the release begun, each independently.
@@ -78,8 +82,9 @@ class RecordSums:
         """
         if self.sampling_probability == 1.0:
             return tf.range(num_records, dtype=tf.int64)
-        seed = self._source.stream(self._begun(), SAMPLING)
-        draws = tf.random.stateless_uniform([num_records], seed)
+        seed = self.source.stream(self._begun(), SAMPLING)
+        # 24 random bits in float32 would round the probability; float64 has 53.
+        draws = tf.random.stateless_uniform([num_records], seed, dtype=tf.float64)
         return tf.where(draws < self.sampling_probability)[:, 0]
 
     def add_noise(self, total: tf.Tensor) -> tf.Tensor:
@@ -92,10 +97,19 @@ class RecordSums:
             The sum with noise of standard deviation `noise_multiplier * l2_norm` in
             every entry.
         """
+        return self.add_joint_noise([total])[0]
+
+    def add_joint_noise(self, totals: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """As `add_noise`, for a sum that consists of several tensors.
+
+        Args:
+            totals: float32; `l2_norm` bounds a record's part of all of them together.
+        """
         number = self._begun()
         self._number = None
-        noise = self._source.normal_like([total], number=number)[0]
-        return total + self.noise_multiplier * self.l2_norm * noise
+        stddev = self.noise_multiplier * self.l2_norm
+        noises = self.source.normal_like(totals, number=number)
+        return [t + stddev * noise for t, noise in zip(totals, noises, strict=True)]
 
     def statement(
         self, *, delta: float, accountant: str, covered: tuple[str, ...], **details: Any
@@ -124,7 +138,7 @@ class RecordSums:
             accountant=accountant,
             covered=covered,
             not_covered=("the private records", "accuracies measured on them"),
-            noise_seed=self._source.seed,
+            noise_seed=self.source.seed,
             details=facts,
         )
 
