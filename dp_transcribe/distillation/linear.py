@@ -190,8 +190,13 @@ class PrivateLinearModel:
         """What was released."""
         return Ledger() if self._releases is None else self._releases.ledger
 
-    def privacy_statement(self) -> PrivacyStatement:
+    def privacy_statement(
+        self, *, covered: tuple[str, ...] = ("linear model", "distilled data set")
+    ) -> PrivacyStatement:
         """The guarantee of the weights and of all that is computed from them.
+
+        Args:
+            covered: what was computed from them.
 
         Raises:
             RuntimeError: the model was not fitted.
@@ -200,7 +205,7 @@ class PrivateLinearModel:
         return self._open_releases().statement(
             delta=self._delta,
             accountant=self.training.accountant,
-            covered=("linear model", "distilled data set"),
+            covered=covered,
             steps=self.training.steps,
         )
 
