@@ -2,6 +2,7 @@
 
 from dp_transcribe.generators.bags import Bags
 from dp_transcribe.generators.base import ProceduralGenerator
+from dp_transcribe.generators.blends import Blends
 from dp_transcribe.generators.conv_generator import ConvGenerator
 from dp_transcribe.generators.dead_leaves import DeadLeaves
 from dp_transcribe.generators.footwear import Footwear
@@ -19,6 +20,7 @@ from dp_transcribe.generators.trainable import TrainableGenerator
 __all__ = [
     "DOMAINS",
     "Bags",
+    "Blends",
     "ConvGenerator",
     "DeadLeaves",
     "Footwear",

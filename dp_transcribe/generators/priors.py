@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dp_transcribe._validate import one_of
 from dp_transcribe.generators.bags import Bags
 from dp_transcribe.generators.base import ProceduralGenerator
+from dp_transcribe.generators.blends import Blends
 from dp_transcribe.generators.dead_leaves import DeadLeaves
 from dp_transcribe.generators.footwear import Footwear
 from dp_transcribe.generators.garments import Garments
@@ -27,6 +28,8 @@ _DOMAINS: dict[str, tuple[tuple[type[ProceduralGenerator], float], ...]] = {
     "natural": ((DeadLeaves, 0.5), (PowerLawNoise, 0.2), (Silhouettes, 0.3)),
 }
 DOMAINS = tuple(_DOMAINS)
+# Where detail tells classes apart, pairs of images add what single ones lack.
+_BLENDED = ("clothes",)
 
 
 def default_prior(
@@ -34,7 +37,7 @@ def default_prior(
     *,
     domain: str,
     output_range: Sequence[float] = (0.0, 1.0),
-) -> Mixture:
+) -> ProceduralGenerator:
     """The mixture of random processes that suits a kind of images.
 
     Args:
@@ -53,4 +56,5 @@ def default_prior(
     """
     parts = _DOMAINS[one_of("domain", domain, DOMAINS)]
     sources = [kind(image_shape, output_range=output_range) for kind, _ in parts]
-    return Mixture(sources, weights=[weight for _, weight in parts])
+    mixture = Mixture(sources, weights=[weight for _, weight in parts])
+    return Blends(mixture) if domain in _BLENDED else mixture

@@ -5,6 +5,7 @@ import tensorflow as tf
 
 from dp_transcribe.generators import (
     DOMAINS,
+    Blends,
     DeadLeaves,
     Mixture,
     PowerLawNoise,
@@ -29,12 +30,16 @@ def _mixture(shape, **kwargs):
     return Mixture([source(shape, **kwargs) for source in (RandomStrokes, SmoothNoise)])
 
 
+def _blends(shape, **kwargs):
+    return Blends(_mixture(shape, **kwargs))
+
+
 def _images(generator, n=64, seed=(0, 1)):
     return generator.sample(n, tf.constant(seed)).numpy()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("build", [*SOURCES, _mixture])
+@pytest.mark.parametrize("build", [*SOURCES, _mixture, _blends])
 def test_images_have_the_stated_shape_and_range(build, shape):
     generator = build(shape, output_range=(-1.0, 1.0))
     images = _images(generator, 16)
@@ -49,7 +54,7 @@ def test_images_have_the_stated_shape_and_range(build, shape):
     assert not generator.trainable
 
 
-@pytest.mark.parametrize("build", [*SOURCES, _mixture])
+@pytest.mark.parametrize("build", [*SOURCES, _mixture, _blends])
 def test_a_seed_gives_the_same_images_in_graph_and_eager_mode(build):
     generator = build((28, 28, 1))
     sample = tf.function(generator.sample)
@@ -61,7 +66,7 @@ def test_a_seed_gives_the_same_images_in_graph_and_eager_mode(build):
         assert np.abs(first - _images(generator, 8, other)).mean() > 1e-3
 
 
-@pytest.mark.parametrize("build", [*SOURCES, _mixture])
+@pytest.mark.parametrize("build", [*SOURCES, _mixture, _blends])
 def test_images_of_one_batch_all_differ(build):
     images = _images(build((28, 28, 1)), 64).reshape(64, -1)
     images = images[images.std(axis=1) > 1e-3]
@@ -70,12 +75,12 @@ def test_images_of_one_batch_all_differ(build):
     assert distances[~np.eye(len(images), dtype=bool)].min() > 0.05
 
 
-@pytest.mark.parametrize("build", [*SOURCES, _mixture])
+@pytest.mark.parametrize("build", [*SOURCES, _mixture, _blends])
 def test_an_empty_batch_is_an_empty_batch(build):
     assert _images(build((28, 28, 1)), 0).shape == (0, 28, 28, 1)
 
 
-@pytest.mark.parametrize("build", [*SOURCES, _mixture])
+@pytest.mark.parametrize("build", [*SOURCES, _mixture, _blends])
 def test_config_restores_the_generator(build):
     generator = build((28, 28, 1), output_range=(0.0, 2.0))
     entry = keras.saving.serialize_keras_object(generator)
@@ -209,10 +214,33 @@ def test_a_mixture_is_fair_on_average_and_shuffled():
     assert abs(np.mean(first_half) - (0.3 * 0.1 + 0.7 * 0.9)) < 0.06
 
 
+def test_blends_hold_two_images_and_leave_the_stated_share_alone():
+    leaves = DeadLeaves((28, 28, 1))
+    untouched = Blends(leaves, blended=0.0, sharpened=0.0)
+    # The inner generator draws from a sub-seed of its own: compare in distribution.
+    alone = np.sort(_images(leaves, 400).mean(axis=(1, 2, 3)))
+    same = np.sort(_images(untouched, 400).mean(axis=(1, 2, 3)))
+    np.testing.assert_allclose(alone, same, atol=0.15)
+    mixed = _images(Blends(leaves, blended=0.5, sharpened=0.0), 400)
+    plain = _images(untouched, 400)  # the same draws of the inner generator
+    kept = np.isclose(mixed, plain, atol=1e-6).all(axis=(1, 2, 3)).mean()
+    assert 0.4 < kept < 0.6
+
+
+def test_sharpening_raises_contrast_at_edges_and_keeps_flat_areas():
+    soft = _images(Blends(SmoothNoise((28, 28, 1)), blended=0.0, sharpened=0.0), 64)
+    sharp = _images(Blends(SmoothNoise((28, 28, 1)), blended=0.0, sharpened=3.0), 64)
+    assert np.abs(np.diff(sharp, axis=1)).mean() > np.abs(np.diff(soft, axis=1)).mean()
+    flat = Blends(_Constant(0.5), blended=0.0, sharpened=3.0)
+    np.testing.assert_allclose(_images(flat, 4), 0.5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("build", "argument"),
     [
         (lambda: RandomStrokes((28, 28)), "image_shape"),
+        (lambda: Blends(SmoothNoise((28, 28, 1)), blended=1.5), "blended"),
+        (lambda: Blends(SmoothNoise((28, 28, 1)), sharpened=-1.0), "sharpened"),
         (lambda: RandomStrokes((28, 0, 1)), "image_shape"),
         (lambda: SmoothNoise((28, 28, 1), output_range=(1, 1)), "output_range"),
         (lambda: SmoothNoise((28, 28, 1), output_range=(0, np.nan)), "output_range"),
