@@ -1,0 +1,342 @@
+"""Noisy gradient descent of any Keras classifier on private records (DP-SGD)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import dp_accounting
+import keras
+import numpy as np
+import tensorflow as tf
+
+from dp_transcribe import _validate
+from dp_transcribe.distillation.linear import check_labels
+from dp_transcribe.distillation.releases import RELATION, RecordSums, sum_event
+from dp_transcribe.mechanisms.clipping import clipped_gradient_sum
+from dp_transcribe.mechanisms.clipping.validate import check_student
+from dp_transcribe.privacy.accounting import ACCOUNTANTS
+from dp_transcribe.privacy.calibration import noise_multiplier_for
+from dp_transcribe.privacy.ledger import Ledger
+from dp_transcribe.privacy.units import Unit
+from dp_transcribe.teachers import Teacher
+
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrivateTraining:
+    """How a private teacher is trained; public, chosen without the private records.
+
+    Attributes:
+        epochs: how often a record is taken on average.
+        batch_size: expected number of records in a step.
+        learning_rate: at the start; it falls to a twentieth by a cosine.
+        momentum: of gradient descent.
+        ema_momentum: of the average of the noisy iterates, which the teacher ends with.
+        l2_norm: the clip norm C of a record's gradient.
+        normalize: scale every gradient to C instead of clipping it down to C.
+        clipping: "ghost", "vectorized" or "tf_privacy".
+        rows: records whose gradients are computed at once; memory only.
+        accountant: `"pld"`, which needs less noise, or `"rdp"`.
+    """
+
+    epochs: int = 20
+    batch_size: int = 1024
+    learning_rate: float = 0.5
+    momentum: float = 0.9
+    ema_momentum: float = 0.98
+    l2_norm: float = 1.0
+    normalize: bool = False
+    clipping: str = "ghost"
+    rows: int = 256
+    accountant: str = "pld"
+
+    def __post_init__(self) -> None:
+        """Checks the attributes."""
+        for name in ("epochs", "batch_size", "rows"):
+            _validate.positive_int(name, getattr(self, name))
+        for name in ("learning_rate", "l2_norm"):
+            _validate.positive_finite(name, getattr(self, name))
+        _validate.probability("momentum", self.momentum)
+        _validate.fraction_open("ema_momentum", self.ema_momentum)
+        _validate.one_of("accountant", self.accountant, ACCOUNTANTS)
+
+    def steps_per_epoch(self, num_records: int) -> int:
+        """Steps in which a record is taken once on average."""
+        return max(1, round(num_records / self.batch_size))
+
+    def event(self, multiplier: float, num_records: int) -> dp_accounting.DpEvent:
+        """Everything that a training with this noise multiplier releases."""
+        step = sum_event(multiplier, self.batch_size / num_records)
+        steps = self.epochs * self.steps_per_epoch(num_records)
+        return dp_accounting.SelfComposedDpEvent(step, steps)
+
+    def optimizer(self, steps: int) -> keras.optimizers.Optimizer:
+        """The optimizer of a training of so many steps."""
+        rate = keras.optimizers.schedules.CosineDecay(
+            self.learning_rate, steps, alpha=0.05
+        )
+        return keras.optimizers.SGD(
+            rate, momentum=self.momentum, use_ema=True, ema_momentum=self.ema_momentum
+        )
+
+
+def fit_private_teacher(
+    model: keras.Model,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    target_epsilon: float,
+    delta: float,
+    training: PrivateTraining | None = None,
+    input_range: Sequence[float] = (0.0, 1.0),
+    checkpoint: str | os.PathLike[str] | None = None,
+    seed: int | None = None,
+    verbose: int = 1,
+) -> Teacher:
+    """Trains a classifier in place by DP-SGD and spends the whole budget.
+
+    Every step takes each record independently with the same probability (Poisson
+    sampling), however many that makes, bounds each record's gradient, sums, and adds
+    Gaussian noise once. An empty sample is a step like any other.
+
+    Args:
+        model: built Functional or Sequential model that ends in logits
+            `[batch, classes]`, without BatchNormalization.
+        images: private, float `[records, ...]`.
+        labels: private, int `[records]`.
+        target_epsilon: the epsilon per record that is not passed.
+        delta: strictly between 0 and 1.
+        training: further settings.
+        input_range: lowest and highest value of a pixel.
+        checkpoint: a file that is written after every epoch and gone on from if it is
+            there. A resumed training equals the uninterrupted one.
+        seed: None for secret noise; an int makes runs repeatable, for tests.
+        verbose: 1 shows a bar with the epsilon so far, 0 nothing. Loss and accuracy
+            are not shown: on private records they are private.
+
+    Returns:
+        The teacher, which carries its statement.
+
+    Raises:
+        ValueError: an argument is out of range, the labels do not fit, or the
+            checkpoint is of another training. Nothing was spent.
+        UnsupportedStudentError: gradients of the model cannot be bounded per record.
+
+    **Privacy**: unit `RECORD`, zero-out, the number of records being public. A
+    record's gradient has norm at most C in the sum of a step that takes it. Averaging
+    and momentum are post-processing. The checkpoint holds the noise key: it is as
+    private as the records.
+
+    References:
+        Abadi et al. 2016, arXiv:1607.00133; Papernot et al. 2021, arXiv:2007.14191;
+        averaging: De et al. 2022, arXiv:2204.13650.
+    """
+    plan = training or PrivateTraining()
+    _check_model(model, images)
+    check_student(model)
+    labels = check_labels(labels, len(images), int(model.output_shape[-1]))
+    if plan.batch_size > len(images):
+        expected = f"at most the number of records {len(images)}"
+        raise _validate.invalid("batch_size", plan.batch_size, expected)
+    descent = _Descent(
+        model,
+        plan,
+        len(images),
+        noise_multiplier=noise_multiplier_for(
+            target_epsilon,
+            delta,
+            lambda multiplier: plan.event(multiplier, len(images)),
+            RELATION,
+            plan.accountant,
+        ),
+        delta=delta,
+        seed=seed,
+    )
+    if checkpoint is not None and Path(checkpoint).exists():
+        descent.load(Path(checkpoint))
+    bar = keras.utils.Progbar(
+        plan.epochs, verbose=verbose, stateful_metrics=["epsilon"]
+    )
+    for epoch in range(descent.epochs_done, plan.epochs):
+        descent.run_epoch(images, labels)
+        if checkpoint is not None:
+            descent.save(Path(checkpoint))
+        bar.update(epoch + 1, [("epsilon", descent.epsilon())])
+    return descent.teacher(input_range)
+
+
+class _Descent:
+    """State of one training: model, optimizer, releases."""
+
+    def __init__(
+        self,
+        model: keras.Model,
+        plan: PrivateTraining,
+        num_records: int,
+        *,
+        noise_multiplier: float,
+        delta: float,
+        seed: int | None,
+    ) -> None:
+        self.model, self.plan, self.delta = model, plan, delta
+        self.num_records = num_records
+        self.steps_per_epoch = plan.steps_per_epoch(num_records)
+        self.releases = RecordSums(
+            mechanism="ClippedGradient",
+            l2_norm=plan.l2_norm,
+            noise_multiplier=noise_multiplier,
+            sampling_probability=plan.batch_size / num_records,
+            seed=seed,
+        )
+        self.optimizer = plan.optimizer(plan.epochs * self.steps_per_epoch)
+        self.optimizer.build(model.trainable_variables)
+        self._clipped = tf.function(self._clipped_sum)
+        self._apply = tf.function(self._descend)
+
+    @property
+    def epochs_done(self) -> int:
+        """Whole epochs released so far."""
+        return self.releases.ledger.releases(Unit.RECORD) // self.steps_per_epoch
+
+    def epsilon(self) -> float:
+        """Epsilon so far."""
+        return self.releases.ledger.epsilon(
+            unit=Unit.RECORD, delta=self.delta, accountant=self.plan.accountant
+        )
+
+    def run_epoch(self, images: np.ndarray, labels: np.ndarray) -> None:
+        """The noisy steps of one epoch."""
+        for _ in range(self.steps_per_epoch):
+            self.releases.begin()
+            chosen = self.releases.sample(self.num_records).numpy()
+            totals = self._sum(images, labels, chosen)
+            self._apply(self.releases.add_joint_noise(totals))
+
+    def _sum(
+        self, images: np.ndarray, labels: np.ndarray, chosen: np.ndarray
+    ) -> list[tf.Tensor]:
+        """Sum of the bounded gradients of the chosen records, in blocks of `rows`."""
+        rows = self.plan.rows
+        blocks = max(1, -(-len(chosen) // rows))
+        padded = np.zeros(blocks * rows, np.int64)
+        padded[: len(chosen)] = chosen
+        mask = (np.arange(blocks * rows) < len(chosen)).astype(np.float32)
+        totals = [tf.zeros(v.shape) for v in self.model.trainable_variables]
+        for start in range(0, blocks * rows, rows):
+            block = padded[start : start + rows]
+            part = self._clipped(
+                tf.cast(images[block], tf.float32),
+                tf.constant(labels[block]),
+                tf.constant(mask[start : start + rows]),
+            )
+            totals = [total + new for total, new in zip(totals, part, strict=True)]
+        return totals
+
+    def _clipped_sum(
+        self, images: tf.Tensor, labels: tf.Tensor, mask: tf.Tensor
+    ) -> list[tf.Tensor]:
+        return clipped_gradient_sum(
+            self.model,
+            images,
+            labels,
+            _cross_entropy,
+            l2_norm=self.plan.l2_norm,
+            normalize=self.plan.normalize,
+            mask=mask,
+            clipping=self.plan.clipping,
+        ).gradients
+
+    def _descend(self, noisy: list[tf.Tensor]) -> None:
+        scaled = [gradient / self.plan.batch_size for gradient in noisy]
+        self.optimizer.apply(scaled, self.model.trainable_variables)
+
+    def teacher(self, input_range: Sequence[float]) -> Teacher:
+        """The teacher with averaged iterates and its statement."""
+        self.optimizer.finalize_variable_values(self.model.trainable_variables)
+        statement = self.releases.statement(
+            delta=self.delta,
+            accountant=self.plan.accountant,
+            covered=("teacher",),
+            training=dataclasses.asdict(self.plan),
+        )
+        return Teacher(
+            self.model, outputs="logits", input_range=input_range, statement=statement
+        )
+
+    # How it is kept.
+
+    def _variables(self) -> list[Any]:
+        source = self.releases.source
+        return [
+            *self.model.variables,
+            *self.optimizer.variables,
+            source.key,
+            source.counter,
+        ]
+
+    def _facts(self) -> str:
+        """What must be the same for a training to go on."""
+        facts = {
+            "training": dataclasses.asdict(self.plan),
+            "records": self.num_records,
+            "noise_multiplier": self.releases.noise_multiplier,
+            "delta": self.delta,
+            "seed": self.releases.source.seed,
+            "shapes": [list(v.shape) for v in self._variables()],
+        }
+        return json.dumps(facts, sort_keys=True)
+
+    def save(self, path: Path) -> None:
+        """Writes everything to one file that is never seen half written."""
+        values = {f"v{i}": np.asarray(v) for i, v in enumerate(self._variables())}
+        partial = path.with_name(f".partial-{path.name}")
+        with partial.open("wb") as file:
+            os.chmod(partial, 0o600)
+            ledger = self.releases.ledger.to_json()
+            np.savez(file, facts=self._facts(), ledger=ledger, **values)
+        os.replace(partial, path)
+
+    def load(self, path: Path) -> None:
+        """Goes on from what `save` wrote, if it is of this training."""
+        expected = "the checkpoint of a training with these settings"
+        mend = "Repeat the call that is resumed, or remove the file to start anew."
+        try:
+            with np.load(path) as stored:
+                facts = str(stored["facts"])
+                ledger = Ledger.from_json(str(stored["ledger"]))
+                values = [stored[f"v{i}"] for i in range(len(self._variables()))]
+        except Exception as error:  # the readers raise several unrelated types
+            raise _validate.invalid("checkpoint", str(path), expected, mend) from error
+        if facts != self._facts():
+            raise _validate.invalid("checkpoint", facts, self._facts(), mend)
+        for variable, value in zip(self._variables(), values, strict=True):
+            variable.assign(value)
+        self.releases.ledger = ledger
+        _LOGGER.info("Goes on after %d epochs.", self.epochs_done)
+
+
+def _cross_entropy(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+    logits = tf.cast(logits, tf.float32)
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+
+
+def _check_model(model: Any, images: np.ndarray) -> None:
+    """Refuses a model that does not map the images to logits."""
+    _validate.instance_of("model", model, keras.Model)
+    shape = getattr(model, "input_shape", None)
+    if not isinstance(shape, tuple) or tuple(shape[1:]) != images.shape[1:]:
+        expected = f"a built model of inputs {images.shape[1:]}, as `images` has"
+        raise _validate.invalid("model", shape, expected)
+    softmax = keras.activations.softmax
+    if getattr(model.layers[-1], "activation", None) is softmax:
+        mend = "Leave the softmax of its last layer out."
+        raise _validate.invalid(
+            "model", model.name, "a model that ends in logits", mend
+        )

@@ -1,0 +1,234 @@
+"""A private linear model of public features of an image, as a Keras teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from dp_transcribe import _validate
+from dp_transcribe.distillation.distill import Distillation, public_whitening
+from dp_transcribe.distillation.kernels import ScatteringKernel, embed_in_batches
+from dp_transcribe.distillation.linear import (
+    PrivateLinearModel,
+    centred_logits,
+    check_labels,
+)
+from dp_transcribe.distillation.synthesis import ImageSource
+from dp_transcribe.distillation.whitening import PublicWhitening
+from dp_transcribe.teachers import Teacher
+
+# Images that are embedded at once; one compiled function serves any batch.
+_ROWS = 128
+# Unit vectors that are whitened at once, to read off the map.
+_UNIT_VECTORS = 1000
+
+
+@keras.saving.register_keras_serializable(package="dp_transcribe")
+class ScatteringEmbedding(keras.layers.Layer):
+    """The embedding of a `ScatteringKernel` as a layer without weights.
+
+    Args:
+        image_shape: height, width and number of colours.
+        groups: see `ScatteringKernel`.
+        scale: see `ScatteringKernel`.
+        orientations: see `ScatteringKernel`.
+    """
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        groups: int | None = None,
+        scale: int = 2,
+        orientations: int = 8,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(trainable=False, dtype="float32", **kwargs)
+        height, width, colours = image_shape
+        shape = (height, width, colours)
+        self.kernel = ScatteringKernel(shape, groups, scale, orientations)
+
+    def call(self, images: tf.Tensor) -> tf.Tensor:
+        """Images `[batch, *image_shape]` to features `[batch, features]`."""
+        shape = self.kernel.image_shape
+        count = tf.shape(images)[0]
+        missing = -count % _ROWS
+        padded = tf.pad(images, [[0, missing], [0, 0], [0, 0], [0, 0]])
+        blocks = tf.reshape(padded, [-1, _ROWS, *shape])
+        size = self.kernel.num_features
+        embedded = tf.map_fn(
+            self.kernel.embed,
+            blocks,
+            fn_output_signature=tf.TensorSpec([_ROWS, size], tf.float32),
+            parallel_iterations=1,
+        )
+        return tf.reshape(embedded, [-1, size])[:count]
+
+    def compute_output_shape(self, input_shape: Any) -> tuple[int | None, int]:
+        """`(batch, features)`."""
+        return input_shape[0], self.kernel.num_features
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments."""
+        kernel = self.kernel
+        return {
+            "name": self.name,
+            "image_shape": list(kernel.image_shape),
+            "groups": kernel.groups,
+            "scale": kernel.scale,
+            "orientations": kernel.orientations,
+        }
+
+
+@keras.saving.register_keras_serializable(package="dp_transcribe")
+class WhitenedLinear(keras.layers.Layer):
+    """A `PrivateLinearModel` of whitened features.
+
+    Args:
+        rank: number of whitened features.
+        num_classes: number of logits.
+    """
+
+    def __init__(self, rank: int, num_classes: int, **kwargs: Any) -> None:
+        super().__init__(trainable=False, dtype="float32", **kwargs)
+        self.rank = rank
+        self.num_classes = num_classes
+
+    def build(self, input_shape: Any) -> None:
+        """Makes the weights, all zero."""
+        shapes = {
+            "map": (input_shape[-1], self.rank),
+            "centre": (self.rank,),
+            "kernel": (self.rank, self.num_classes),
+        }
+        made = {
+            name: self.add_weight(
+                name=name, shape=shape, initializer="zeros", trainable=False
+            )
+            for name, shape in shapes.items()
+        }
+        self.map, self.centre, self.kernel = made.values()
+        self.built = True
+
+    def call(self, features: tf.Tensor) -> tf.Tensor:
+        """Features `[batch, features]` to logits `[batch, num_classes]`."""
+        whitened = tf.matmul(features, self.map)
+        return centred_logits(
+            whitened,
+            tf.convert_to_tensor(self.centre),
+            tf.convert_to_tensor(self.kernel),
+        )
+
+    def compute_output_shape(self, input_shape: Any) -> tuple[int | None, int]:
+        """`(batch, num_classes)`."""
+        return input_shape[0], self.num_classes
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments."""
+        return {
+            "name": self.name,
+            "rank": self.rank,
+            "num_classes": self.num_classes,
+        }
+
+
+def scattering_classifier(
+    kernel: ScatteringKernel, whitening: PublicWhitening, model: PrivateLinearModel
+) -> keras.Model:
+    """The Keras model that embeds, whitens and scores.
+
+    Args:
+        kernel: embeds the images.
+        whitening: maps the embeddings.
+        model: fitted on whitened embeddings.
+
+    Returns:
+        A model `[batch, *image_shape]` to logits `[batch, classes]`.
+    """
+    matrix = _matrix(whitening, kernel.num_features)
+    last = WhitenedLinear(matrix.shape[1], model.num_classes, name="logits")
+    classifier = keras.Sequential(
+        [
+            keras.layers.Input(kernel.image_shape),
+            ScatteringEmbedding(
+                kernel.image_shape, kernel.groups, kernel.scale, kernel.orientations
+            ),
+            last,
+        ],
+        name="teacher",
+    )
+    last.set_weights([matrix, model.centre, model.weights])
+    return classifier
+
+
+def _matrix(whitening: PublicWhitening, size: int) -> np.ndarray:
+    """The whitening as a matrix, float32 `[features, rank]`."""
+    parts = []
+    for start in range(0, size, _UNIT_VECTORS):
+        count = min(_UNIT_VECTORS, size - start)
+        parts.append(whitening.apply(np.eye(count, size, start, np.float32)))
+    return np.concatenate(parts)
+
+
+def fit_scattering_teacher(
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    num_classes: int,
+    source: ImageSource,
+    target_epsilon: float,
+    delta: float,
+    settings: Distillation | None = None,
+    features: np.ndarray | None = None,
+    seed: int | None = None,
+) -> Teacher:
+    """Fits a private linear model of wavelet scattering features.
+
+    At small epsilons this is more accurate than a network trained by DP-SGD, since the
+    features are public and a few thousand numbers are all that is learnt.
+
+    Args:
+        images: private, float `[records, height, width, colours]` in 0..1.
+        labels: private, int `[records]`.
+        num_classes: number of classes.
+        source: public images, such as random processes, for the whitening.
+        target_epsilon: the epsilon per record that is not passed.
+        delta: strictly between 0 and 1.
+        settings: further settings.
+        features: the embeddings of `images` by `ScatteringKernel`, if they are there.
+        seed: None for secret noise; an int makes runs repeatable, for tests.
+
+    Returns:
+        The teacher, a Keras model that carries its statement.
+
+    Raises:
+        ValueError: an argument is out of range or the labels do not fit. Nothing was
+            spent.
+
+    **Privacy**: unit `RECORD`, zero-out; see `PrivateLinearModel`.
+
+    References:
+        Tramèr and Boneh 2021, arXiv:2011.11660.
+    """
+    settings = settings or Distillation()
+    labels = check_labels(labels, len(images), num_classes)
+    height, width, colours = np.shape(images)[1:]
+    kernel = ScatteringKernel((height, width, colours))
+    whitening = public_whitening(kernel, source, settings, seed=seed)
+    if features is None:
+        features = embed_in_batches(kernel, images)
+    if len(features) != len(images):
+        expected = f"None or one row for each of {len(images)} images"
+        raise _validate.invalid("features", np.shape(features), expected)
+    model = PrivateLinearModel(num_classes, settings.training, seed=seed)
+    model.fit(
+        whitening.apply(features), labels, target_epsilon=target_epsilon, delta=delta
+    )
+    return Teacher(
+        scattering_classifier(kernel, whitening, model),
+        outputs="logits",
+        statement=model.privacy_statement(covered=("teacher",)),
+    )
