@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dp_transcribe._validate import positive_finite, positive_int
+from dp_transcribe._validate import invalid, positive_finite, positive_int
 from dp_transcribe.generators.trainable import TrainableGenerator
 from dp_transcribe.losses.batch_norm_statistics import BatchNormStatistics
 from dp_transcribe.losses.objective import GeneratorObjective
@@ -42,6 +42,9 @@ def pretrain_by_teacher(
     **Privacy**: reads the teacher's gradients and statistics without noise. The
     generator and its samples must not be released; set `generator_covered=False`.
 
+    Raises:
+        ValueError: the teacher is an ensemble, whose guarantee this would break.
+
     References:
         DAFL, arXiv:1904.01186; DeepInversion, arXiv:1912.08795; as pretraining:
         arXiv:2409.12384.
@@ -49,6 +52,7 @@ def pretrain_by_teacher(
     positive_int("steps", steps)
     positive_int("batch_size", batch_size)
     positive_finite("learning_rate", learning_rate)
+    _refuse_ensemble(teacher)
     has_statistics = _has_batch_norm(teacher.model)
     if objective is None:
         weight = 1.0 if has_statistics else 0.0
@@ -71,6 +75,14 @@ def pretrain_by_teacher(
 
     losses = [update(tf.constant(step)).numpy() for step in range(steps)]
     return np.asarray(losses, np.float32)
+
+
+def _refuse_ensemble(teacher: Any) -> None:
+    """A generator guided by an ensemble would carry its records past the noise."""
+    if hasattr(teacher, "num_teachers"):
+        mend = "Let the student guide the generator: it has learnt released answers."
+        expected = "one teacher; an ensemble guides no generator"
+        raise invalid("teacher", teacher, expected, mend)
 
 
 def _has_batch_norm(model: keras.Model | None) -> bool:

@@ -1,0 +1,306 @@
+"""Training one teacher on each shard of the private records, resumably."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from dp_transcribe import _validate
+from dp_transcribe.ensembles import ShardPlan, TeacherEnsemble
+
+logger = logging.getLogger(__name__)
+
+Fit = Callable[[keras.Model, np.ndarray, np.ndarray], None]
+MANIFEST = "manifest.json"
+_ROWS = 500
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardTraining:
+    """Trains a member on its shard by Adam.
+
+    Args:
+        epochs: passes over the shard.
+        batch_size: records in a step.
+        learning_rate: of Adam.
+    """
+
+    epochs: int = 40
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+
+    def __post_init__(self) -> None:
+        """Checks the numbers."""
+        _validate.positive_int("epochs", self.epochs)
+        _validate.positive_int("batch_size", self.batch_size)
+        _validate.positive_finite("learning_rate", self.learning_rate)
+
+    def __call__(
+        self, model: keras.Model, inputs: np.ndarray, labels: np.ndarray
+    ) -> None:
+        """Trains `model` in place, from the weights it has."""
+        if not model.compiled:
+            model.compile(
+                keras.optimizers.Adam(self.learning_rate),
+                keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+                jit_compile=False,
+            )
+        _forget_steps(model.optimizer)
+        model.fit(
+            inputs,
+            labels,
+            epochs=self.epochs,
+            batch_size=min(self.batch_size, len(inputs)),
+            verbose=0,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RidgeFit:
+    """Fits a member that is one dense layer, by ridge regression to one-hot labels.
+
+    Closed form, so that a thousand teachers take seconds.
+
+    Args:
+        penalty: on the weights, relative to features of root mean square norm one.
+        sharpness: factor of the regression's outputs, which makes them logits.
+    """
+
+    penalty: float = 0.1
+    sharpness: float = 8.0
+
+    def __post_init__(self) -> None:
+        """Checks the numbers."""
+        _validate.positive_finite("penalty", self.penalty)
+        _validate.positive_finite("sharpness", self.sharpness)
+
+    def __call__(
+        self, model: keras.Model, inputs: np.ndarray, labels: np.ndarray
+    ) -> None:
+        """Sets the weights of `model`, whatever they were."""
+        weights = model.get_weights()
+        if [np.ndim(w) for w in weights] != [2, 1]:
+            expected = "a model with one dense layer and nothing else to train"
+            raise _validate.invalid("model_fn", model, expected)
+        classes = len(weights[1])
+        rows = np.reshape(inputs, (len(inputs), -1)).astype(np.float64)
+        mean = rows.mean(axis=0)
+        rows = rows - mean
+        targets = np.eye(classes)[labels]
+        share = targets.mean(axis=0)
+        gram = rows @ rows.T + self.penalty * np.eye(len(rows))
+        kernel = rows.T @ np.linalg.solve(gram, targets - share)
+        bias = 1.0 / classes - mean @ kernel
+        model.set_weights([self.sharpness * kernel, self.sharpness * bias])
+
+
+def linear_member(num_features: int, num_classes: int) -> keras.Model:
+    """The smallest teacher: one dense layer on features, for `RidgeFit`."""
+    return keras.Sequential(
+        [keras.layers.Input((num_features,)), keras.layers.Dense(num_classes)]
+    )
+
+
+def train_shard_teachers(
+    model_fn: Callable[[], keras.Model],
+    dataset: tuple[np.ndarray, np.ndarray] | tf.data.Dataset,
+    *,
+    shards: int,
+    features: keras.Model | None = None,
+    fit: Fit | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    processes: int = 1,
+    seed: int = 0,
+    input_range: Sequence[float] = (0.0, 1.0),
+) -> TeacherEnsemble:
+    """Trains one teacher on each of K disjoint shards.
+
+    All teachers start from the same weights, those of the model that `model_fn` makes
+    under `seed`. The order of training follows from `seed` and the shard alone, so a
+    resumed run gives the teachers of the uninterrupted one.
+
+    Args:
+        model_fn: makes a member: features (or images) to logits. With `processes`
+            above one it must be importable, so no lambda.
+        dataset: private records `(inputs [n, ...], labels int [n])`, or a
+            `tf.data.Dataset` of single `(input, label)` pairs in a fixed order.
+        shards: number of teachers, K.
+        features: a public model, images to features, applied once to all records.
+        fit: trains a member in place, `fit(model, inputs, labels)`; by default
+            `ShardTraining()`.
+        folder: where each teacher is kept in a file of its own as soon as it is
+            trained; the same call goes on from there. None keeps nothing.
+        processes: how many train at the same time.
+        seed: of the split, the first weights and the order of training.
+        input_range: of the inputs.
+
+    Returns:
+        The ensemble.
+
+    Raises:
+        ValueError: an argument is out of range, or the folder holds teachers of
+            other records or settings.
+
+    **Privacy**: none by itself: teachers and folder are as private as the records.
+    The number of records, the split and all settings must be public.
+
+    References:
+        PATE, arXiv:1610.05755, arXiv:1802.08908.
+    """
+    inputs, labels = _as_arrays(dataset)
+    plan = ShardPlan(len(inputs), shards, seed)
+    fit = fit or ShardTraining()
+    _validate.positive_int("processes", processes)
+    with tempfile.TemporaryDirectory() as scratch:
+        where = _validate.writable_dir("folder", folder or scratch)
+        _claim(where, plan, model_fn, fit, features, inputs, labels)
+        missing = [s for s in range(shards) if _load(where, s) is None]
+        if missing:
+            known = inputs if features is None else _in_batches(features, inputs)
+            job = _Job(model_fn, known, labels, plan, fit, where)
+            _train_all(job, missing, processes)
+        teachers = [_load(where, shard) for shard in range(shards)]
+    stacked = [np.stack(arrays) for arrays in zip(*teachers, strict=True)]
+    return TeacherEnsemble(
+        model_fn(), stacked, features=features, input_range=input_range
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What a process needs to train any of the teachers."""
+
+    model_fn: Callable[[], keras.Model]
+    inputs: np.ndarray
+    labels: np.ndarray
+    plan: ShardPlan
+    fit: Fit
+    folder: Path
+
+    def run(self, shards: Iterable[int]) -> None:
+        """Trains the teachers of these shards, one after the other."""
+        keras.utils.set_random_seed(self.plan.seed)
+        model = self.model_fn()
+        first_weights = model.get_weights()
+        for shard in shards:
+            rows = self.plan.indices(shard)
+            keras.utils.set_random_seed(self.plan.seed + shard)
+            model.set_weights(first_weights)
+            self.fit(model, self.inputs[rows], self.labels[rows])
+            _save(self.folder, shard, model)
+
+
+def _train_all(job: _Job, shards: list[int], processes: int) -> None:
+    logger.info("Training %s of %s teachers.", len(shards), job.plan.shards)
+    if processes == 1:
+        job.run(shards)
+        return
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
+        parts = [shards[part::processes] for part in range(processes)]
+        for done in [pool.submit(job.run, part) for part in parts if part]:
+            done.result()
+
+
+def _forget_steps(optimizer: keras.optimizers.Optimizer) -> None:
+    """Puts an optimizer back to where it started."""
+    for variable in optimizer.variables:
+        if variable is not optimizer.learning_rate:
+            variable.assign(keras.ops.zeros_like(variable))
+
+
+def _as_arrays(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(dataset, tf.data.Dataset):
+        inputs, labels = zip(*dataset.as_numpy_iterator(), strict=True)
+    else:
+        inputs, labels = dataset
+    inputs, labels = np.asarray(inputs), np.asarray(labels)
+    fits = labels.shape == (len(inputs),) and np.issubdtype(labels.dtype, np.integer)
+    if not fits:
+        received = (inputs.shape, labels.shape, labels.dtype)
+        expected = "inputs [n, ...] and labels [n], whole numbers"
+        raise _validate.invalid("dataset", received, expected)
+    return inputs, labels
+
+
+def _in_batches(features: keras.Model, inputs: np.ndarray) -> np.ndarray:
+    """Features of all records, float32 `[n, ...]`."""
+    apply = tf.function(lambda rows: features(rows, training=False))
+    starts = range(0, len(inputs), _ROWS)
+    return np.concatenate([apply(inputs[i : i + _ROWS]).numpy() for i in starts])
+
+
+def _claim(
+    folder: Path,
+    plan: ShardPlan,
+    model_fn: Callable[[], keras.Model],
+    fit: Fit,
+    features: keras.Model | None,
+    inputs: np.ndarray,
+    labels: np.ndarray,
+) -> None:
+    """Notes what the folder's teachers were trained from, or compares with it."""
+    parts = {"inputs": inputs, "labels": labels}
+    if features is not None:
+        shared = [np.ravel(w) for w in features.get_weights()]
+        parts["features"] = np.concatenate([np.zeros(0), *shared])
+    facts = {
+        "plan": dataclasses.asdict(plan),
+        "fit": repr(fit) if dataclasses.is_dataclass(fit) else type(fit).__name__,
+        "member": [list(variable.shape) for variable in model_fn().variables],
+        **{name: _digest(array) for name, array in parts.items()},
+    }
+    path = folder / MANIFEST
+    if not path.exists():
+        partial = folder / f".partial-{os.getpid()}-{MANIFEST}"
+        partial.write_text(json.dumps(facts, indent=2), encoding="utf-8")
+        os.replace(partial, path)
+        return
+    former = json.loads(path.read_text(encoding="utf-8"))
+    differing = [name for name in facts if former.get(name) != facts[name]]
+    if differing:
+        expected = f"a folder of teachers with the same {', '.join(differing)}"
+        raise _validate.invalid("folder", str(folder), expected, "Choose another.")
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def _path(folder: Path, shard: int) -> Path:
+    return folder / f"teacher_{shard:05d}.npz"
+
+
+def _save(folder: Path, shard: int, model: keras.Model) -> None:
+    """Writes a teacher's file, which is never seen half written."""
+    path = _path(folder, shard)
+    partial = folder / f".partial-{os.getpid()}-{path.name}"
+    variables = [*model.trainable_variables, *model.non_trainable_variables]
+    np.savez(partial, *[variable.numpy() for variable in variables])
+    os.replace(partial, path)
+
+
+def _load(folder: Path, shard: int) -> list[np.ndarray] | None:
+    """A teacher's weights, None if it is missing or damaged."""
+    try:
+        with np.load(_path(folder, shard)) as arrays:
+            return [arrays[f"arr_{index}"] for index in range(len(arrays.files))]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        logger.warning("The teacher of shard %s is damaged: training anew.", shard)
+        return None

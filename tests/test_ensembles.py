@@ -1,0 +1,248 @@
+"""Shards are disjoint, training resumes, and an ensemble answers as its members do."""
+
+import dataclasses
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dp_transcribe.ensembles import ShardPlan, TeacherEnsemble
+from dp_transcribe.generators.conv_generator import ConvGenerator
+from dp_transcribe.guidance import pretrain_by_teacher
+from dp_transcribe.shards import RidgeFit, ShardTraining, train_shard_teachers
+from tests import tiny
+
+RECORDS, SHARDS = 120, 6
+
+
+def member():
+    return tiny.linear_model(0, 0.1)
+
+
+def private_data(seed=0, records=RECORDS):
+    """Images whose class is written into their first pixels."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, tiny.CLASSES, records)
+    images = random.uniform(0, 0.3, (records, *tiny.IMAGE)).astype(np.float32)
+    images.reshape(records, -1)[np.arange(records), labels] += 0.7
+    return images, labels
+
+
+def small_ensemble(**kwargs):
+    return train_shard_teachers(
+        member, private_data(), shards=SHARDS, fit=RidgeFit(), **kwargs
+    )
+
+
+@pytest.mark.parametrize("records, shards", [(120, 6), (101, 7), (50, 50), (9, 2)])
+def test_every_record_is_in_exactly_one_shard(records, shards):
+    plan = ShardPlan(records, shards)
+    parts = [plan.indices(shard) for shard in range(shards)]
+    assert sorted(np.concatenate(parts)) == list(range(records))
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_the_split_is_public_and_not_the_order_of_the_records():
+    plan = ShardPlan(1000, 10)
+    assert np.array_equal(plan.indices(3), ShardPlan(1000, 10).indices(3))
+    assert not np.array_equal(plan.indices(3), ShardPlan(1000, 10, seed=1).indices(3))
+    assert len(np.unique(plan.indices(3) // 100)) > 5
+
+
+@pytest.mark.parametrize("shards", [1, 0, 121, 2.5])
+def test_impossible_numbers_of_shards_are_refused(shards):
+    with pytest.raises(ValueError, match="shards"):
+        ShardPlan(RECORDS, shards)
+
+
+@pytest.mark.parametrize("fit", [RidgeFit(), ShardTraining(epochs=2)])
+def test_one_record_changes_one_teacher(fit):
+    images, labels = private_data()
+    other, record = images.copy(), 17
+    other[record] = 1.0 - other[record]
+    relabelled = labels.copy()
+    relabelled[record] = (relabelled[record] + 1) % tiny.CLASSES
+    first, second = (
+        train_shard_teachers(member, data, shards=SHARDS, fit=fit).get_weights()
+        for data in ((images, labels), (other, relabelled))
+    )
+    changed = [
+        shard
+        for shard in range(SHARDS)
+        if any(np.any(a[shard] != b[shard]) for a, b in zip(first, second, strict=True))
+    ]
+    (shard,) = changed
+    assert record in ShardPlan(RECORDS, SHARDS).indices(shard)
+
+
+@dataclasses.dataclass(frozen=True)
+class Interrupted:
+    """Trains `limit` teachers, then is interrupted."""
+
+    limit: int = dataclasses.field(repr=False)
+    trained: list = dataclasses.field(default_factory=list, repr=False)
+
+    def __call__(self, model, inputs, labels):
+        if len(self.trained) == self.limit:
+            raise KeyboardInterrupt
+        self.trained.append(len(inputs))
+        ShardTraining(epochs=2)(model, inputs, labels)
+
+
+def train(fit, **kwargs):
+    return train_shard_teachers(
+        member, private_data(), shards=SHARDS, fit=fit, **kwargs
+    )
+
+
+def test_training_resumes_where_it_stopped_with_the_same_teachers(tmp_path):
+    whole = train(Interrupted(SHARDS)).get_weights()
+    with pytest.raises(KeyboardInterrupt):
+        train(Interrupted(3), folder=tmp_path)
+    assert len(list(tmp_path.glob("teacher_*.npz"))) == 3
+    (tmp_path / "teacher_00001.npz").write_bytes(b"half a file")
+    rest = Interrupted(99)
+    resumed = train(rest, folder=tmp_path)
+    assert len(rest.trained) == SHARDS - 3 + 1
+    for one, other in zip(whole, resumed.get_weights(), strict=True):
+        assert np.array_equal(one, other)
+    assert not list(tmp_path.glob(".partial*"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dataset": private_data(1)},
+        {"shards": 5},
+        {"seed": 1},
+        {"fit": RidgeFit(penalty=1.0)},
+        {"model_fn": lambda: tiny.conv_model()},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_folder_of_other_teachers_is_refused(tmp_path, change):
+    arguments = {
+        "model_fn": member,
+        "dataset": private_data(),
+        "shards": SHARDS,
+        "fit": RidgeFit(),
+        "folder": tmp_path,
+    }
+    train_shard_teachers(**arguments)
+    with pytest.raises(ValueError, match="folder"):
+        train_shard_teachers(**{**arguments, **change})
+
+
+@pytest.mark.slow
+def test_processes_train_the_same_teachers(tmp_path):
+    alone = small_ensemble().get_weights()
+    together = small_ensemble(folder=tmp_path, processes=2).get_weights()
+    for one, other in zip(alone, together, strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_a_dataset_of_single_examples_is_taken_too():
+    dataset = tf.data.Dataset.from_tensor_slices(private_data())
+    other = train_shard_teachers(member, dataset, shards=SHARDS, fit=RidgeFit())
+    for one, two in zip(
+        small_ensemble().get_weights(), other.get_weights(), strict=True
+    ):
+        assert np.array_equal(one, two)
+
+
+@pytest.mark.parametrize("labels", [np.zeros(RECORDS), np.zeros((RECORDS, 1), int)])
+def test_labels_that_are_no_classes_are_refused(labels):
+    with pytest.raises(ValueError, match="dataset"):
+        train_shard_teachers(member, (private_data()[0], labels), shards=SHARDS)
+
+
+def models_of(ensemble, make):
+    """The members as separate models."""
+    models = []
+    for shard in range(ensemble.num_teachers):
+        model = make()
+        model.set_weights([w[shard] for w in ensemble.get_weights()])
+        models.append(model)
+    return models
+
+
+@pytest.mark.parametrize("make", [member, tiny.conv_model], ids=["dense", "conv"])
+def test_one_pass_answers_as_the_members_one_by_one(make):
+    random = np.random.default_rng(0)
+    weights = [random.normal(size=(4, *v.shape)) for v in make().variables]
+    ensemble = TeacherEnsemble(make(), [w.astype(np.float32) for w in weights])
+    images = private_data()[0][:7]
+    singly = np.stack([m(images).numpy() for m in models_of(ensemble, make)], 1)
+    together = ensemble.member_logits(images).numpy()
+    assert together.shape == (7, 4, tiny.CLASSES)
+    assert np.allclose(together, singly, atol=1e-4)
+    votes = np.eye(tiny.CLASSES)[singly.argmax(-1)].sum(1)
+    assert np.array_equal(ensemble.votes(images), votes)
+    assert np.allclose(ensemble.probabilities(images), votes / 4)
+    assert np.allclose(ensemble.predict(images), votes / 4)
+    assert np.allclose(ensemble.member_probabilities(images).numpy().sum(-1), 1)
+
+
+def test_shared_features_are_applied_before_the_members():
+    halve = keras.Sequential(
+        [keras.layers.Input(tiny.IMAGE), keras.layers.AveragePooling2D(2)]
+    )
+
+    def small_member():
+        return keras.Sequential(
+            [keras.layers.Input((4, 4, 1)), keras.layers.Flatten()]
+            + [keras.layers.Dense(tiny.CLASSES)]
+        )
+
+    ensemble = train_shard_teachers(
+        small_member, private_data(), shards=SHARDS, fit=RidgeFit(), features=halve
+    )
+    images = private_data()[0][:5]
+    assert ensemble.input_shape == tiny.IMAGE
+    for index, model in enumerate(models_of(ensemble, small_member)):
+        expected = model(halve(images))
+        assert np.allclose(
+            ensemble.member_logits(images)[:, index], expected, atol=1e-5
+        )
+
+
+def test_ridge_teachers_learn():
+    images, labels = private_data(3)
+    assert small_ensemble().accuracy(images, labels) > 0.9
+
+
+def test_ridge_wants_one_dense_layer():
+    with pytest.raises(ValueError, match="dense layer"):
+        train_shard_teachers(
+            tiny.conv_model, private_data(), shards=SHARDS, fit=RidgeFit()
+        )
+
+
+def test_a_saved_ensemble_answers_as_before():
+    ensemble = small_ensemble()
+    other = TeacherEnsemble.from_config(ensemble.get_config())
+    other.set_weights(ensemble.get_weights())
+    images = private_data()[0][:5]
+    assert np.array_equal(other.votes(images), ensemble.votes(images))
+    assert other.num_teachers == SHARDS
+
+
+def test_weights_that_do_not_fit_the_member_are_refused():
+    weights = small_ensemble().get_weights()
+    with pytest.raises(ValueError, match="weights"):
+        TeacherEnsemble(member(), [weights[0], weights[1][:-1]])
+    with pytest.raises(ValueError, match="weights"):
+        TeacherEnsemble(member(), weights[:1])
+
+
+def test_an_ensemble_guides_no_generator():
+    ensemble = small_ensemble()
+    with pytest.raises(ValueError, match="student"):
+        ensemble.logits(private_data()[0][:2])
+    generator = ConvGenerator(tiny.IMAGE)
+    before = tiny.flat_weights(generator)
+    with pytest.raises(ValueError, match="ensemble"):
+        pretrain_by_teacher(generator, ensemble, steps=1)
+    assert np.array_equal(before, tiny.flat_weights(generator))
