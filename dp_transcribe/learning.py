@@ -24,6 +24,7 @@ from dp_transcribe.queries import (
     Replay,
     dequantize,
     quantize,
+    uncertain_rows,
 )
 
 if TYPE_CHECKING:
@@ -59,10 +60,19 @@ class Learner:
         """
         part = replica_index() + self.replicas * tf.cast(chunk, tf.int64)
         seed = self.owner.noise.stream(number, QUERIES, part=part)
-        images = self.owner.draw_queries(count, as_int32(seed))
+        images = self._draw(count, as_int32(seed))
         codes = quantize(images, self.output_range)
-        answers = self.owner.teacher.probabilities(dequantize(codes, self.output_range))
-        return codes, answers
+        queries = dequantize(codes, self.output_range)
+        return codes, self.owner.mechanism.ask(self.owner.teacher, queries)
+
+    def _draw(self, count: tf.Tensor | int, seed: tf.Tensor) -> tf.Tensor:
+        """Images to ask about, chosen by the student where there is a choice."""
+        factor = self.owner.candidates_per_query
+        images = self.owner.draw_queries(count * factor, seed)
+        if factor == 1:
+            return images
+        logits = self.owner.student(images, training=False)
+        return tf.gather(images, uncertain_rows(tf.cast(logits, tf.float32), count))
 
 
 class GradientLearner(Learner):
@@ -119,7 +129,7 @@ class GradientLearner(Learner):
         )
         release = self._noisy(all_reduce_sum(release.tensors()), number)
         # Keras' optimizers sum over replicas what is the same on all of them here.
-        scale = 1.0 / (self.batch_size * self.replicas)
+        scale = 1.0 / (mechanism.divisor(self.batch_size) * self.replicas)
         gradients = [gradient * scale for gradient in release.gradients]
         owner.student_optimizer.apply(gradients, owner.student.trainable_variables)
         return mechanism.progress(release, self.batch_size)

@@ -166,6 +166,30 @@ def dequantize(codes: tf.Tensor, output_range: tuple[float, float]) -> tf.Tensor
     return low + tf.cast(codes, tf.float32) * ((high - low) / 255.0)
 
 
+def uncertain_rows(logits: tf.Tensor, count: tf.Tensor | int) -> tf.Tensor:
+    """Which candidates to ask about: half by the student's doubt, half as they come.
+
+    Args:
+        logits: `[candidates, classes]` of the student; never of the teacher.
+        count: how many to keep.
+
+    Returns:
+        Rows, int32 `[count]`, none twice. The first half are those whose two likeliest
+        classes are closest; the other half keeps the queries as diverse as the source.
+
+    **Privacy**: post-processing of what the student was trained on.
+    """
+    top = tf.math.top_k(tf.nn.softmax(logits), 2).values
+    doubtful = tf.argsort(top[:, 0] - top[:, 1], stable=True)
+    half = count // 2
+    chosen = tf.zeros(tf.shape(doubtful), tf.bool)
+    chosen = tf.tensor_scatter_nd_update(
+        chosen, doubtful[:half, None], tf.ones([half], tf.bool)
+    )
+    others = tf.cast(tf.where(~chosen)[:, 0], tf.int32)
+    return tf.concat([doubtful[:half], others[: count - half]], 0)
+
+
 def local_variable(shape: tuple[int, ...], dtype: Any) -> tf.Variable:
     """A buffer that every replica has for itself."""
     return tf.Variable(

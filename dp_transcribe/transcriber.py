@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from dp_transcribe import _validate
+from dp_transcribe.ensembles import TeacherEnsemble
 from dp_transcribe.learning import (
     AnswerLearner,
     GradientLearner,
@@ -26,9 +27,11 @@ from dp_transcribe.mechanisms.base import AnswerMechanism, GradientMechanism, Me
 from dp_transcribe.mechanisms.clipping.validate import (
     check_student as check_clippable,
 )
+from dp_transcribe.mechanisms.ensemble_gradient import EnsembleGradient
 from dp_transcribe.mechanisms.inherited import Inherited
 from dp_transcribe.mechanisms.noise import QUERIES, NoiseSource
 from dp_transcribe.mechanisms.noisy_answer import NoisyAnswer
+from dp_transcribe.mechanisms.noisy_votes import NoisyVotes
 from dp_transcribe.mechanisms.output_gradient import NormalizedOutputGradient
 from dp_transcribe.mechanisms.randomized_response import (
     RandomizedResponse,
@@ -78,6 +81,9 @@ class DPTranscriber(keras.Model):
         generator_batch_size: images per generator update, over all replicas.
         replay_size: answered queries kept, with an answer mechanism.
         replay_batch_size: rows per student update, with an answer mechanism.
+        candidates_per_query: public images drawn for each query. Above 1, half of the
+            queries are those that the student is least sure of, the others the first
+            ones drawn; choosing by the student is post-processing.
         uniform_prior_queries: queries answered before the student's prediction takes
             the place of a uniform prior, with an answer mechanism.
         generator_covered: whether the generator is as private as the student: it was
@@ -115,6 +121,7 @@ class DPTranscriber(keras.Model):
         generator_batch_size: int = 64,
         replay_size: int = 200_000,
         replay_batch_size: int = 512,
+        candidates_per_query: int = 1,
         uniform_prior_queries: int = 0,
         generator_covered: bool = True,
         schedule: tuple[int, int] = (1, 100),
@@ -142,6 +149,9 @@ class DPTranscriber(keras.Model):
         self.replay_size = _validate.positive_int("replay_size", replay_size)
         self.replay_batch_size = _validate.positive_int(
             "replay_batch_size", replay_batch_size
+        )
+        self.candidates_per_query = _validate.positive_int(
+            "candidates_per_query", candidates_per_query
         )
         self.uniform_prior_queries = _validate.non_negative_int(
             "uniform_prior_queries", uniform_prior_queries
@@ -215,7 +225,9 @@ class DPTranscriber(keras.Model):
         check_clippable(self.student)
         _check_dtype(self.dtype_policy)
         self.mechanism.check(self.teacher.num_classes)
+        self.mechanism.check_teacher(self.teacher)
         _check_inherited(self.mechanism, self.teacher)
+        _check_guidance(self.mechanism, self.generator_covered)
         if self.trains_generator:
             _check_objective(self.objective, self.mechanism)
         for name in ("generator", "public_prior"):
@@ -634,7 +646,10 @@ class DPTranscriber(keras.Model):
             not_covered=not_covered,
             sampling=self.queries.assumption(self.mechanism.unit),
             noise_seed=self.seed,
-            details={"mechanism": self.mechanism.get_config()},
+            details={
+                "mechanism": self.mechanism.get_config(),
+                "queries": dataclasses.asdict(self.queries),
+            },
         )
 
     # How it is kept.
@@ -664,7 +679,8 @@ class DPTranscriber(keras.Model):
         for name in ("mechanism", "queries", "objective"):
             entry = config[name]
             config[name] = _made_from(_KINDS[entry["kind"]], entry["fields"])
-        config["teacher"] = Teacher.from_config(config["teacher"])
+        kind = TeacherEnsemble if "member" in config["teacher"] else Teacher
+        config["teacher"] = kind.from_config(config["teacher"])
         return cls(**config)
 
     def save_own_variables(self, store: Any) -> None:
@@ -731,6 +747,7 @@ _PLAIN_ARGUMENTS = (
     "generator_batch_size",
     "replay_size",
     "replay_batch_size",
+    "candidates_per_query",
     "uniform_prior_queries",
     "generator_covered",
     "schedule",
@@ -740,10 +757,12 @@ _KINDS: dict[str, Any] = {
     kind.__name__: kind
     for kind in (
         ClippedGradient,
+        EnsembleGradient,
         Inherited,
         NormalizedGradient,
         NormalizedOutputGradient,
         NoisyAnswer,
+        NoisyVotes,
         RandomizedResponse,
         SelectiveRandomizedResponse,
         FreshQueries,
@@ -814,6 +833,15 @@ def _check_inherited(mechanism: Mechanism, teacher: Teacher) -> None:
         "Train it with `fit_private_teacher`, or pass its statement to `load_teacher`."
     )
     raise _validate.invalid("teacher", own, expected, mend)
+
+
+def _check_guidance(mechanism: Mechanism, generator_covered: bool) -> None:
+    """Refuses queries that carry records past a mechanism of unit `RECORD`."""
+    releases = mechanism.unit is Unit.RECORD and not isinstance(mechanism, Inherited)
+    if releases and not generator_covered:
+        mend = "Let the student guide the generator."
+        expected = f"True with {mechanism.name}: no generator that the teacher guided"
+        raise _validate.invalid("generator_covered", generator_covered, expected, mend)
 
 
 def _check_objective(objective: GeneratorObjective, mechanism: Mechanism) -> None:

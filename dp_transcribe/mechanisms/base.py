@@ -67,6 +67,22 @@ class Mechanism(abc.ABC):
         """
         return 1
 
+    def ask(self, teacher: Any, images: tf.Tensor) -> tf.Tensor:
+        """What the mechanism needs of the teacher, before any noise.
+
+        Args:
+            teacher: a `Teacher`.
+            images: `[batch, height, width, channels]`.
+
+        Returns:
+            Protected answers, by default probabilities `[batch, classes]`.
+        """
+        return teacher.probabilities(images)
+
+    def check_teacher(self, teacher: Any) -> None:
+        """Refuses a teacher that the cost is not stated for; takes any by default."""
+        del teacher
+
     @abc.abstractmethod
     def calibrated(
         self: MechanismT,
@@ -228,6 +244,14 @@ class GradientMechanism(Mechanism):
         For the gradients and for the statistics.
         """
 
+    def divisor(self, batch_size: int) -> int:
+        """What a released sum is divided by to be a mean.
+
+        Args:
+            batch_size: the configured global batch size.
+        """
+        return batch_size
+
     def losses(self, answers: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
         """The per-answer losses `[batch]`, not reduced."""
         return LOSSES[self.distillation_loss](answers, logits)
@@ -275,7 +299,7 @@ class GradientMechanism(Mechanism):
             Unbiased, noisy `(agreement, loss)` of the batch, scalars; the loss is
             that of rows cut off at `MAX_LOSS`.
         """
-        unit = self.statistics_norm / math.sqrt(2.0) * batch_size
+        unit = self.statistics_norm / math.sqrt(2.0) * self.divisor(batch_size)
         return release.statistics[0] / unit, release.statistics[1] / unit * MAX_LOSS
 
 

@@ -1,0 +1,291 @@
+"""GNMax and Confident-GNMax: noisy votes of teachers on disjoint shards."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import dp_accounting
+import tensorflow as tf
+
+from dp_transcribe import _validate
+from dp_transcribe.mechanisms.base import (
+    AnswerMechanism,
+    Released,
+    gaussian_event,
+    gaussian_stddev,
+)
+from dp_transcribe.mechanisms.candidates import top_candidates
+from dp_transcribe.mechanisms.noise import ANSWERS, NoiseSource
+from dp_transcribe.privacy.calibration import noise_multiplier_for
+from dp_transcribe.privacy.events import Event
+from dp_transcribe.privacy.ledger import Ledger, Spend
+from dp_transcribe.privacy.units import Relation, Unit
+
+RELEASES = ("votes", "label")
+# Below this noise, relative to the number of teachers, the likelihood is taken as if
+# the votes were noisier: a split vote lies between two classes.
+_LEAST_NOISE = 0.25
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoisyVotes(AnswerMechanism):
+    """Releases the vote counts of an ensemble plus Gaussian noise, once per query.
+
+    With `released="label"` only the class of the largest noisy count is kept, which
+    is GNMax as published; the cost is the same, the student learns less.
+
+    With a `threshold` this is Confident-GNMax: a query is answered only if its
+    largest count plus noise of its own reaches the threshold.
+
+    Args:
+        num_teachers: K, the number of teachers in the ensemble.
+        noise_multiplier: σ, the noise's standard deviation over the sensitivity √2.
+            None lets `fit` compute it from `target_epsilon`.
+        released: "votes" or "label".
+        top_k: number of candidate classes, by the student's prediction; None is all.
+            Votes for other classes are dropped.
+        threshold: votes that the check asks for, None for no check.
+        threshold_ratio: noise multiplier of the check over `noise_multiplier`.
+        margin: share of the teachers that is assumed to vote for the true class
+            above any other; only the student's loss depends on it.
+
+    **Privacy**: unit `RECORD`, replace-one (the number of records is public). A record
+    is in one shard and decides about one teacher, which has one vote with or without
+    the record. That vote may move from a class to another, so the counts move by √2 in
+    L2 norm (by 1 only if the vote could be missing, which it cannot), and the largest
+    count by 1. *Every* query is one Gaussian event, and all of them
+    compose; with a threshold the check is one more for every query that is *asked*.
+    Inside a transcription every query asked is counted as answered;
+    `answer_confidently` counts those that were. The accounting reads no vote:
+    `privacy.gnmax` has the one that does, and whose epsilon is not private.
+
+    References:
+        Papernot et al. 2018, arXiv:1802.08908; PATE, arXiv:1610.05755. Releasing the
+        counts instead of their largest is this library's.
+    """
+
+    unit: ClassVar[Unit] = Unit.RECORD
+    relation: ClassVar[Relation] = Relation.REPLACE_ONE
+
+    num_teachers: int
+    noise_multiplier: float | None = None
+    released: str = "votes"
+    top_k: int | None = None
+    threshold: float | None = None
+    threshold_ratio: float = 2.0
+    margin: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Checks the parameters."""
+        _validate.in_range("num_teachers", self.num_teachers, 2, 10**6)
+        _validate.one_of("released", self.released, RELEASES)
+        if self.noise_multiplier is not None:
+            _validate.non_negative("noise_multiplier", self.noise_multiplier)
+        if self.top_k is not None:
+            _validate.in_range("top_k", self.top_k, 2, 10**6)
+        if self.threshold is not None:
+            _validate.positive_finite("threshold", self.threshold)
+        _validate.positive_finite("threshold_ratio", self.threshold_ratio)
+        _validate.positive_finite("margin", self.margin)
+
+    @property
+    def sensitivity(self) -> float:
+        """L2 sensitivity of the counts when one teacher is replaced: √2."""
+        return math.sqrt(2.0)
+
+    @property
+    def threshold_sensitivity(self) -> float:
+        """Sensitivity of the largest count when one teacher is replaced."""
+        return 1.0
+
+    @property
+    def stddev(self) -> float:
+        """Standard deviation of the noise on every count, in votes."""
+        return gaussian_stddev(self.noise_multiplier, self.sensitivity)
+
+    @property
+    def threshold_stddev(self) -> float:
+        """Standard deviation of the check's noise, in votes."""
+        alone = gaussian_stddev(self.noise_multiplier, self.threshold_sensitivity)
+        return alone * self.threshold_ratio
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether `noise_multiplier` is fixed."""
+        return self.noise_multiplier is not None
+
+    def event(self) -> Event:
+        """Of one query: the votes' Gaussian and, with a threshold, the check's."""
+        return _query_event(
+            self.noise_multiplier, self.threshold is not None, self.threshold_ratio
+        )
+
+    @property
+    def threshold_event(self) -> Event:
+        """Of the check alone, for a query that is asked and not answered."""
+        if self.noise_multiplier is None:
+            return gaussian_event(None)
+        return gaussian_event(self.noise_multiplier * self.threshold_ratio)
+
+    def calibrated(
+        self,
+        target_epsilon: float,
+        delta: float,
+        schedule: Callable[[Event], Event],
+        accountant: str = "rdp",
+    ) -> NoisyVotes:
+        """A copy with the least noise multiplier that keeps the target."""
+        checked, ratio = self.threshold is not None, self.threshold_ratio
+        found = noise_multiplier_for(
+            target_epsilon,
+            delta,
+            lambda multiplier: schedule(_query_event(multiplier, checked, ratio)),
+            self.relation,
+            accountant,
+        )
+        return dataclasses.replace(self, noise_multiplier=found)
+
+    def check(self, num_classes: int) -> None:
+        """Refuses a `top_k` above the number of classes."""
+        if self.top_k is not None:
+            _validate.in_range("top_k", self.top_k, 2, num_classes)
+
+    def check_teacher(self, teacher: Any) -> None:
+        """Refuses a teacher that is not an ensemble of `num_teachers`."""
+        check_ensemble(self.num_teachers, teacher)
+
+    def release(
+        self, answers: tf.Tensor, prior: tf.Tensor, seed: tf.Tensor
+    ) -> Released:
+        """Noisy counts (or the class of the largest), zero outside the candidates.
+
+        Args:
+            answers: `[batch, classes]` shares of the teachers that vote for each
+                class. Protected.
+            prior: `[batch, classes]`, the student's prediction.
+            seed: int64 `[2]`.
+
+        Returns:
+            Counts over the number of teachers, or one-hot labels. Where a check
+            failed answer and candidates are zero and nothing was answered.
+        """
+        keep = top_candidates(prior, self.top_k)
+        counts = tf.round(answers * float(self.num_teachers)) * keep
+        noise = tf.random.stateless_normal(tf.shape(counts), seed)
+        noisy = (counts + noise * self.stddev) * keep
+        if self.released == "label":
+            best = tf.argmax(tf.where(keep > 0, noisy, -math.inf), -1)
+            noisy = tf.one_hot(best, counts.shape[-1]) * float(self.num_teachers)
+        answered = self.passes(counts, tf.random.fold_in(seed, 1))[:, None]
+        share = noisy / float(self.num_teachers)
+        return Released(share * answered, keep * answered)
+
+    def passes(self, counts: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        """Which queries pass the noisy check of the threshold.
+
+        Args:
+            counts: `[batch, classes]` votes. Protected.
+            seed: int64 `[2]`.
+
+        Returns:
+            float32 `[batch]`, 1 for a query that is answered.
+        """
+        if self.threshold is None:
+            return tf.ones_like(counts[:, 0])
+        noise = tf.random.stateless_normal(tf.shape(counts)[:1], seed)
+        largest = tf.reduce_max(counts, -1) + noise * self.threshold_stddev
+        return tf.cast(largest >= self.threshold, tf.float32)
+
+    def log_likelihood(self, released: Released) -> tf.Tensor:
+        """Gaussian likelihood of the counts if `margin` votes more are for a class.
+
+        Of a label: how likely the noise leaves a class ahead that is `margin` ahead.
+        A query that was not answered says nothing.
+        """
+        keep = released.candidates
+        if self.released == "label":
+            return self._log_likelihood_of_label(released)
+        count = tf.maximum(tf.reduce_sum(keep, -1, keepdims=True), 1.0)
+        mean = tf.reduce_sum(released.answers, -1, keepdims=True) / count
+        variance = max(self.stddev / self.num_teachers, _LEAST_NOISE) ** 2
+        return (released.answers - mean) * keep * (self.margin / variance)
+
+    def _log_likelihood_of_label(self, released: Released) -> tf.Tensor:
+        ahead = self.margin * self.num_teachers
+        spread = max(self.stddev, _LEAST_NOISE * self.num_teachers) * math.sqrt(2.0)
+        advantage = math.log(_above(ahead / spread) / _above(-ahead / spread))
+        return released.answers * released.candidates * advantage
+
+
+def answer_confidently(
+    mechanism: NoisyVotes, shares: tf.Tensor, ledger: Ledger, *, noise: NoiseSource
+) -> Released:
+    """Answers queries by Confident-GNMax and records exactly what that costs.
+
+    The check of every query asked is recorded before it is made. Which queries passed
+    is then public, and their votes are recorded before they are noised.
+
+    Args:
+        mechanism: calibrated, with a threshold.
+        shares: `[batch, classes]` shares of votes. Protected.
+        ledger: where the releases are recorded.
+        noise: where the noise comes from.
+
+    Returns:
+        What was released; answers and candidates are zero where the check failed.
+
+    Raises:
+        ValueError: the mechanism has no threshold. Nothing was spent.
+    """
+    if mechanism.threshold is None:
+        raise _validate.invalid("threshold", None, "a number of votes")
+    number = noise.advance()
+    check_seed = noise.stream(number, ANSWERS, part=1)
+    counts = tf.round(shares * float(mechanism.num_teachers))
+    check = _spend(mechanism, mechanism.threshold_event, "check")
+    ledger.record(check, int(counts.shape[0]))
+    passed = mechanism.passes(counts, check_seed)[:, None]
+    answered = int(tf.reduce_sum(passed))
+    unchecked = dataclasses.replace(mechanism, threshold=None)
+    if answered:
+        ledger.record(_spend(mechanism, unchecked.event(), "votes"), answered)
+    seed = noise.stream(number, ANSWERS)
+    released = unchecked.release(shares, tf.ones_like(shares), seed)
+    return Released(released.answers * passed, released.candidates * passed)
+
+
+def _spend(mechanism: NoisyVotes, event: Event, part: str) -> Spend:
+    return Spend(
+        unit=mechanism.unit,
+        relation=mechanism.relation,
+        event=event,
+        mechanism=f"{mechanism.name} ({part})",
+    )
+
+
+def _query_event(multiplier: float | None, checked: bool, ratio: float) -> Event:
+    votes = gaussian_event(multiplier)
+    if not checked or multiplier is None:
+        return votes
+    return dp_accounting.ComposedDpEvent([gaussian_event(multiplier * ratio), votes])
+
+
+def _above(value: float) -> float:
+    """Probability that a standard Gaussian is below `value`."""
+    return 0.5 * math.erfc(-value / math.sqrt(2.0))
+
+
+def check_ensemble(num_teachers: int, teacher: Any) -> None:
+    """Refuses a teacher that is not an ensemble of so many teachers.
+
+    Raises:
+        ValueError: the noise would be scaled for another number of votes.
+    """
+    received = getattr(teacher, "num_teachers", None)
+    if received != num_teachers:
+        expected = f"a `TeacherEnsemble` of {num_teachers} teachers"
+        mend = "Train one with `train_shard_teachers`, and pass its `num_teachers`."
+        raise _validate.invalid("teacher", teacher, expected, mend)
