@@ -25,6 +25,7 @@ REQUIRES = [
     "dp-accounting==0.4.3",
     "numpy==1.26.4",
     "scipy>=1.11,<1.17",  # kymatio 0.3.0 (scattering) stops importing at 1.17
+    "scikit-learn>=1.5,<2",  # membership inference
     "absl-py==1.4.0",
     "tensorflow-datasets==4.9.10",
     # tensorflow-datasets imports it on Python 3.11 without declaring it.
@@ -45,7 +46,6 @@ EXTRAS = {
         "openvino>=2025,<2027",
         "tensorflow-serving-api==2.21.*",
         "kymatio==0.3.0",  # the reference of the scattering transform
-        "scikit-learn>=1.5,<2",
     ],
     "dev": [
         "ruff>=0.12,<1",

@@ -1,0 +1,323 @@
+"""Commands: `python -m dp_transcribe audit`.
+
+    python -m dp_transcribe audit --teacher=teacher.keras --student=served/1
+
+attacks teacher and student as an outsider would, audits with canaries what the
+student's statement claims, and writes audit.json, audit.png and the pictures of model
+inversion. What is written was computed with private data: it is not covered by the
+statement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from dp_transcribe import _validate, mechanisms, methods
+from dp_transcribe.data import DATASETS, ImageDataset, load_dataset
+from dp_transcribe.evaluation.canaries import AuditResult
+from dp_transcribe.evaluation.inversion import (
+    Inversion,
+    invert,
+    linear_classifier,
+    recognised,
+    save_grid,
+)
+from dp_transcribe.evaluation.membership import (
+    MembershipResult,
+    ask,
+    strongest_attack,
+)
+from dp_transcribe.evaluation.report import audit_report, draw_audit
+from dp_transcribe.evaluation.responses import audit_responses
+from dp_transcribe.export import EXTRA_ASSETS
+from dp_transcribe.generators.priors import default_prior
+from dp_transcribe.mechanisms.base import Mechanism
+from dp_transcribe.privacy.statement import PrivacyStatement
+from dp_transcribe.privacy.units import Unit
+from dp_transcribe.queries import FreshQueries, Queries, QueryPool
+from dp_transcribe.reporting import write_json
+from dp_transcribe.teachers import Teacher, load_teacher
+from dp_transcribe.transcriber import DPTranscriber
+
+BUILDERS: dict[str, Callable[..., DPTranscriber]] = {
+    "dpdfd": methods.dpdfd,
+    "srr": methods.srr,
+    "dpsd_data": functools.partial(methods.dpsd, protect="data"),
+    "dpsd_label": functools.partial(methods.dpsd, protect="label"),
+}
+DOMAINS = {"mnist": "strokes", "fashion_mnist": "clothes", "cifar10": "natural"}
+EXIT_FLAGGED = 1
+EXIT_REFUSED = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AuditConfig:
+    """What the flags of `audit` say.
+
+    Attributes:
+        teacher: `.keras` file or SavedModel.
+        student: what `export_student` wrote; its statement is what is audited. None
+            transcribes the teacher by `method` first.
+        method: one of `BUILDERS`.
+        dataset: data set whose training images the teacher was trained on.
+        data_dir: where tensorflow-datasets has prepared it.
+        train_images: the teacher was trained on the first so many; None is all.
+        output_dir: where the results go.
+        epsilon: target of the transcription.
+        delta: target of the transcription.
+        canaries: number of canaries.
+        epochs: of the transcription, if not the method's own.
+        images: most images of each side that membership is tested on.
+        seed: for tests; noise and coins are secret without it.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    teacher: str
+    student: str | None = None
+    method: str = "dpdfd"
+    dataset: str = "mnist"
+    data_dir: str | None = None
+    train_images: int | None = None
+    output_dir: str = "output/audit"
+    epsilon: float = 1.0
+    delta: float = 1e-5
+    canaries: int = 4000
+    epochs: int | None = None
+    images: int = 5000
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        _validate.one_of("method", self.method, BUILDERS)
+        _validate.one_of("dataset", self.dataset, DATASETS)
+        _validate.positive_finite("epsilon", self.epsilon)
+        _validate.fraction_open("delta", self.delta)
+        for name in ("canaries", "images", "train_images", "epochs"):
+            if getattr(self, name) is not None:
+                _validate.positive_int(name, getattr(self, name))
+        _validate.optional_seed("seed", self.seed)
+
+
+def audit(config: AuditConfig) -> dict[str, Any]:
+    """Attacks teacher and student, audits the claim and writes the results.
+
+    Args:
+        config: what the flags say.
+
+    Returns:
+        The report, as it is in audit.json.
+
+    Raises:
+        ValueError: something does not fit.
+        FileNotFoundError: a model or data set is not there.
+    """
+    folder = _validate.writable_dir("output_dir", config.output_dir)
+    teacher = load_teacher(config.teacher)
+    dataset = load_dataset(config.dataset, config.data_dir)
+    student, mechanism, queries = _student(config, teacher)
+    models = {"teacher": teacher, "student": student}
+    membership = {
+        name: membership_of(model, dataset, config) for name, model in models.items()
+    }
+    audited = audit_responses(
+        mechanism,
+        queries,
+        target_epsilon=None,
+        delta=config.delta,
+        canaries=config.canaries,
+        seed=config.seed,
+    )
+    inversion = invert_models(models, dataset, folder)
+    draw_audit(folder / "audit.png", [(mechanism.name, audited)], membership)
+    report = audit_report(
+        audited, membership, inversion=inversion, dataset_source=dataset.source
+    )
+    write_json(folder / "audit.json", report)
+    return report
+
+
+def _student(
+    config: AuditConfig, teacher: Teacher
+) -> tuple[Teacher, Mechanism, Queries]:
+    """The student, and how the answers were released that it was made from."""
+    if config.student is not None:
+        return load_teacher(config.student), *released_by(Path(config.student))
+    if config.seed is not None:
+        keras.utils.set_random_seed(config.seed % 2**32)
+    prior = default_prior(teacher.input_shape, domain=DOMAINS[config.dataset])
+    transcriber = BUILDERS[config.method](teacher, prior, seed=config.seed)
+    transcriber.fit(
+        target_epsilon=config.epsilon, delta=config.delta, epochs=config.epochs
+    )
+    student = Teacher(transcriber.student, outputs="logits")
+    return student, transcriber.mechanism, transcriber.queries
+
+
+def released_by(student: Path) -> tuple[Mechanism, Queries]:
+    """Mechanism and queries as an exported student's statement describes them.
+
+    Args:
+        student: the folder that `export_student` wrote.
+
+    Returns:
+        The mechanism, with its noise, and the queries.
+
+    Raises:
+        FileNotFoundError: there is no statement.
+        ValueError: the statement is of another unit, or does not describe them.
+    """
+    path = student / EXTRA_ASSETS / "statement.json"
+    statement = PrivacyStatement.from_json(path.read_text(encoding="utf-8"))
+    expected = "a student with a statement of its mechanism and queries, unit RESPONSE"
+    kind = getattr(mechanisms, statement.mechanism, None)
+    details = statement.details
+    known = kind is not None and {"mechanism", "queries"} <= details.keys()
+    if statement.unit is not Unit.RESPONSE or not known:
+        mend = "Transcribe again with this version, or audit a `--method`."
+        raise _validate.invalid("student", str(student), expected, mend)
+    pooled = "updates" in details["queries"]
+    queries = (QueryPool if pooled else FreshQueries)(**details["queries"])
+    return kind(**details["mechanism"]), queries
+
+
+def membership_of(
+    model: Teacher, dataset: ImageDataset, config: AuditConfig
+) -> MembershipResult:
+    """The strongest membership attack on one model."""
+    seen = min(config.train_images or len(dataset.train_images), config.images)
+    unseen = min(len(dataset.test_images), config.images)
+    answers = ask(
+        model.predict,
+        (dataset.train_images[:seen], dataset.train_labels[:seen]),
+        (dataset.test_images[:unseen], dataset.test_labels[:unseen]),
+    )
+    return strongest_attack(answers)
+
+
+def invert_models(
+    models: dict[str, Teacher],
+    dataset: ImageDataset,
+    folder: Path,
+    settings: Inversion | None = None,
+) -> dict[str, dict[str, float]]:
+    """Inverts each model, draws what is found, and says how much is recognised.
+
+    Args:
+        models: by name.
+        dataset: of whose test images the independent classifier learns.
+        folder: where inversion_<name>.png goes.
+        settings: of the inversion.
+
+    Returns:
+        By name, the share of reconstructions that the classifier recognises.
+    """
+    count = min(len(dataset.test_images), 5000)
+    classifier = linear_classifier(
+        dataset.test_images[:count], dataset.test_labels[:count]
+    )
+    found = {}
+    for name, model in models.items():
+        images, labels = invert(model, settings)
+        save_grid(folder / f"inversion_{name}.png", images, labels)
+        found[name] = {"recognised": recognised(classifier, images, labels)}
+    return found
+
+
+def table(audits: Sequence[tuple[str, AuditResult]]) -> str:
+    """Canary audits as lines of text.
+
+    Args:
+        audits: each with its name.
+
+    Returns:
+        A heading and a line for each audit.
+    """
+    lines = [
+        f"{'audited':28} {'unit':9} {'claimed':>8} {'lower bound':>12} "
+        f"{'Gaussian':>9} {'canaries':>9}"
+    ]
+    for name, result in audits:
+        gaussian = result.gaussian_lower_bound
+        lines.append(
+            f"{name:28} {result.unit.value:9} {result.claimed_epsilon:8.3f} "
+            f"{result.epsilon_lower_bound:12.3f} "
+            f"{'-' if gaussian is None else f'{gaussian:.3f}':>9} "
+            f"{result.canaries:9}{'  FLAGGED' if result.flagged else ''}"
+        )
+    return "\n".join(lines)
+
+
+def summary(report: dict[str, Any], folder: str) -> str:
+    """What the user sees at the end."""
+    lines = [
+        f"Unit {report['unit']}: claimed epsilon {report['claimed_epsilon']}, lower "
+        f"bound {report['epsilon_lower_bound']:.3f} at confidence "
+        f"{report['confidence']}.",
+    ]
+    for name, result in report["membership"].items():
+        lines.append(
+            f"Membership in the teacher's training data, by the {name}: AUC "
+            f"{result['auc']:.3f}, {result['tpr_at_1e-3']:.2%} found at 0.1 % and "
+            f"{result['tpr_at_1e-2']:.2%} at 1 % false alarms."
+        )
+    if report["flagged"]:
+        lines.append("FLAGGED: the lower bound is above the claim. Do not release.")
+    lines.append(f"Results: {folder}/ (audit.json, audit.png). {report['note']}")
+    return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of all commands."""
+    top = argparse.ArgumentParser(prog="python -m dp_transcribe")
+    commands = top.add_subparsers(dest="command", required=True)
+    add = commands.add_parser(
+        "audit",
+        help="attack teacher and student, and bound epsilon from below",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    ).add_argument
+    add("--teacher", required=True, help=".keras file or SavedModel")
+    add("--student", help="exported student; without it --method transcribes one")
+    add("--method", default="dpdfd", choices=list(BUILDERS))
+    add("--dataset", default="mnist", choices=list(DATASETS))
+    add("--data_dir", help="folder in which tensorflow-datasets has prepared it")
+    add("--train_images", type=int, help="the teacher saw the first so many")
+    add("--output_dir", default=AuditConfig.output_dir)
+    add("--epsilon", type=float, default=AuditConfig.epsilon)
+    add("--delta", type=float, default=AuditConfig.delta)
+    add("--canaries", type=int, default=AuditConfig.canaries)
+    add("--epochs", type=int, help="of the transcription")
+    add("--images", type=int, default=AuditConfig.images)
+    add("--seed", type=int, help="for tests; secret without it")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: of the command line.
+
+    Returns:
+        0, or 1 if a claim was flagged, or 2 if something does not fit.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    flags = vars(parser().parse_args(arguments))
+    del flags["command"]
+    try:
+        report = audit(AuditConfig(**flags))
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_REFUSED
+    sys.stdout.write(summary(report, flags["output_dir"]) + "\n")
+    return EXIT_FLAGGED if report["flagged"] else 0

@@ -1,0 +1,41 @@
+"""Attacks and audits: what an attacker gets, and whether a claim is too small."""
+
+from dp_transcribe.evaluation.bounds import epsilon_lower_bound, gaussian_lower_bound
+from dp_transcribe.evaluation.canaries import AuditResult, audit_scores
+from dp_transcribe.evaluation.inversion import Inversion, invert, recognised
+from dp_transcribe.evaluation.membership import (
+    Answers,
+    MembershipResult,
+    ask,
+    offline_lira,
+    regression_attack,
+    strongest_attack,
+    threshold_attack,
+)
+from dp_transcribe.evaluation.records import (
+    audit_dpkip,
+    audit_linear_model,
+    audit_votes,
+)
+from dp_transcribe.evaluation.responses import audit_responses
+
+__all__ = [
+    "Answers",
+    "AuditResult",
+    "Inversion",
+    "MembershipResult",
+    "ask",
+    "audit_dpkip",
+    "audit_linear_model",
+    "audit_responses",
+    "audit_scores",
+    "audit_votes",
+    "epsilon_lower_bound",
+    "gaussian_lower_bound",
+    "invert",
+    "offline_lira",
+    "recognised",
+    "regression_attack",
+    "strongest_attack",
+    "threshold_attack",
+]

@@ -1,0 +1,130 @@
+"""Canary audits of unit RECORD: no false alarm, and every planted bug is flagged."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dp_transcribe.distillation import LinearTraining, linear
+from dp_transcribe.ensembles import ShardPlan
+from dp_transcribe.evaluation import audit_dpkip, audit_linear_model, audit_votes
+from dp_transcribe.mechanisms.noise import NoiseSource
+from dp_transcribe.privacy import Unit
+
+SAMPLED = LinearTraining(
+    steps=20,
+    learning_rate=1e-2,
+    l2_norm=0.3,
+    sampling_probability=0.2,
+    accountant="rdp",
+)
+WHOLE = LinearTraining(steps=8, learning_rate=1e-2, l2_norm=0.3, accountant="rdp")
+LINEAR = {"canaries": 1500, "confidence": 0.99, "seed": 2}
+VOTES = {"canaries": 8192, "seed": 2}
+
+
+def scale_noise(monkeypatch, factor):
+    drawn = tf.random.stateless_normal
+    monkeypatch.setattr(
+        tf.random, "stateless_normal", lambda *a, **k: factor * drawn(*a, **k)
+    )
+
+
+def without_noise(monkeypatch):
+    scale_noise(monkeypatch, 0.0)
+
+
+def weak_noise(monkeypatch):
+    scale_noise(monkeypatch, 0.3)
+
+
+def without_clipping(monkeypatch):
+    bounded = linear.clipped_gradient_sum
+    monkeypatch.setattr(
+        linear,
+        "clipped_gradient_sum",
+        lambda *arguments, l2_norm: bounded(*arguments, l2_norm=1e9),
+    )
+
+
+def reused_noise(monkeypatch):
+    drawn = NoiseSource.normal_like
+    first = tf.zeros([], tf.int64)
+    monkeypatch.setattr(
+        NoiseSource,
+        "normal_like",
+        lambda self, tensors, *, number: drawn(self, tensors, number=first),
+    )
+
+
+def overlapping_shards(monkeypatch):
+    """Every record is in its own shard and in the two before."""
+    own = ShardPlan.indices
+
+    def indices(self, shard):
+        near = [(shard + step) % self.shards for step in range(3)]
+        return np.concatenate([own(self, number) for number in near])
+
+    monkeypatch.setattr(ShardPlan, "indices", indices)
+
+
+@pytest.mark.parametrize("training", [WHOLE, SAMPLED])
+def test_the_linear_model_is_not_flagged_and_its_bound_is_not_zero(training):
+    result = audit_linear_model(training, target_epsilon=8.0, **LINEAR)
+    assert not result.flagged, result
+    assert result.unit is Unit.RECORD
+    assert 7.9 < result.claimed_epsilon <= 8.0
+    assert result.gaussian_lower_bound > (1.5 if training is WHOLE else 0.3)
+
+
+@pytest.mark.parametrize(
+    ("training", "mutant"),
+    [
+        (WHOLE, without_noise),
+        (WHOLE, weak_noise),
+        (WHOLE, without_clipping),
+        (SAMPLED, without_noise),
+        (SAMPLED, reused_noise),
+    ],
+)
+def test_a_bug_planted_in_the_linear_model_is_flagged(training, mutant, monkeypatch):
+    mutant(monkeypatch)
+    result = audit_linear_model(training, target_epsilon=1.0, **LINEAR)
+    assert result.claimed_epsilon <= 1.0
+    assert result.flagged, result
+
+
+def test_noise_missing_from_the_mean_alone_is_flagged(monkeypatch):
+    noisy = linear.RecordSums.add_noise
+
+    def forgets_the_mean(self, total):
+        if self.spend.mechanism != "NoisyMean":
+            return noisy(self, total)
+        noisy(self, total)
+        return total
+
+    monkeypatch.setattr(linear.RecordSums, "add_noise", forgets_the_mean)
+    assert audit_linear_model(WHOLE, target_epsilon=1.0, **LINEAR).flagged
+
+
+def test_votes_of_disjoint_shards_are_not_flagged():
+    result = audit_votes(target_epsilon=4.0, **VOTES)
+    assert not result.flagged, result
+    assert result.unit is Unit.RECORD
+    assert result.gaussian_lower_bound > 0.8
+
+
+@pytest.mark.parametrize("mutant", [without_noise, weak_noise, overlapping_shards])
+def test_a_bug_planted_in_the_votes_is_flagged(mutant, monkeypatch):
+    mutant(monkeypatch)
+    result = audit_votes(target_epsilon=4.0, **VOTES)
+    assert result.claimed_epsilon <= 4.0
+    assert result.flagged, result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [1.0, 0.0])
+def test_dpkip_is_flagged_without_its_noise_alone(factor, monkeypatch):
+    scale_noise(monkeypatch, factor)
+    result = audit_dpkip(target_epsilon=1.0, canaries=400, confidence=0.99, seed=2)
+    assert result.claimed_epsilon <= 1.0
+    assert result.flagged == (factor == 0.0), result
