@@ -73,17 +73,19 @@ def invert(
     labels = np.repeat(np.arange(model.num_classes), settings.images_per_class)
     shape = (len(labels), *model.input_shape)
     seed = (settings.seed, 0)
-    images = tf.Variable(tf.random.stateless_uniform(shape, seed, 0.3, 0.7))
+    images = keras.Variable(tf.random.stateless_uniform(shape, seed, 0.3, 0.7))
     optimizer = keras.optimizers.Adam(settings.learning_rate)
     optimizer.build([images])
 
     @tf.function(jit_compile=False)
     def ascend() -> None:
+        unit = tf.convert_to_tensor(images.value)
         with tf.GradientTape() as tape:
-            logits = model.logits(low + (high - low) * images)
-            loss = tf.reduce_sum(_losses(labels, logits) + _prior(images, settings))
-        optimizer.apply_gradients([(tape.gradient(loss, images), images)])
-        images.assign(tf.clip_by_value(images, 0.0, 1.0))
+            tape.watch(unit)
+            logits = model.logits(low + (high - low) * unit)
+            loss = tf.reduce_sum(_losses(labels, logits) + _prior(unit, settings))
+        optimizer.apply_gradients([(tape.gradient(loss, unit), images)])
+        images.assign(tf.clip_by_value(images.value, 0.0, 1.0))
 
     for _ in range(settings.steps):
         ascend()

@@ -25,6 +25,8 @@ from dp_transcribe.teachers import Teacher
 from dp_transcribe.transcriber import DPTranscriber
 
 _CLASSES = 10
+# What canaries answer; not neighbours, since sets of classes favour low numbers.
+_IN, _OUT = 0, 5
 # Bright enough that an answer whose gradient is not bounded stands out.
 _BRIGHTNESS = 16.0
 _CERTAIN = 30.0
@@ -149,7 +151,7 @@ class _AuditedRun(keras.callbacks.Callback):
         self.pixels = self.coins.size if self.by_answers else self.size
         self.steps = self.rounds * self.steps_per_round
         self.steps += _LOOKS if self.by_answers else 0
-        self.table = tf.Variable(_one_hot_rows(np.zeros(self.pixels, int)))
+        self.table = tf.Variable(_one_hot_rows(np.full(self.pixels, _IN)))
         self.batch_size = queries.batch_size
         shape = (1, self.pixels, 1)
         self.generator = OnePixel(shape, output_range=(0.0, _BRIGHTNESS))
@@ -189,7 +191,7 @@ class _AuditedRun(keras.callbacks.Callback):
         if step or number >= self.rounds:
             return
         coins = np.ravel(self.coins if self.by_answers else self.coins[number])
-        rows = _one_hot_rows(np.where(coins, 0, 1))
+        rows = _one_hot_rows(np.where(coins, _IN, _OUT))
         if not self.replaces:
             rows[~coins] = np.nan  # no answer: counts as zero
         self.table.assign(rows)
@@ -205,7 +207,7 @@ class _AuditedRun(keras.callbacks.Callback):
         scores = _BRIGHTNESS * before
         exponent = np.exp(scores - scores.max(axis=1, keepdims=True))
         direction = exponent / exponent.sum(axis=1, keepdims=True)
-        direction[:, 0] -= 1.0
+        direction[:, _IN] -= 1.0
         direction /= np.linalg.norm(direction, axis=1, keepdims=True)
         return np.sum(released * direction, axis=1)
 
@@ -215,8 +217,8 @@ class _AuditedRun(keras.callbacks.Callback):
         if not isinstance(learner, AnswerLearner):
             raise TypeError(f"No released answers are known of {learner!r}.")
         released = learner.replay.released.numpy()[: self.coins.size].sum(axis=1)
-        others = released[:, 1] if self.replaces else released[:, 1:].mean(axis=1)
-        return released[:, 0] - others
+        rest = np.delete(released, _IN, axis=1).mean(axis=1)
+        return released[:, _IN] - (released[:, _OUT] if self.replaces else rest)
 
     def _student_weights(self) -> np.ndarray:
         return self.transcriber.student.get_weights()[0].astype(np.float64)
@@ -257,6 +259,6 @@ def _linear_student(shape: tuple[int, int, int]) -> keras.Model:
         ]
     )
     weights = np.zeros((shape[1], _CLASSES), np.float32)
-    weights[:, :2] = _BELIEF / _BRIGHTNESS
+    weights[:, [_IN, _OUT]] = _BELIEF / _BRIGHTNESS
     student.set_weights([weights])
     return student

@@ -71,7 +71,9 @@ def test_noise_that_is_too_small_for_the_claim_is_told_from_more_noise():
         result = audit_responses(mechanism, target_epsilon=None, canaries=2000, seed=3)
         assert not result.flagged
         bounds.append(result.gaussian_lower_bound)
-    assert bounds[0] < 0.7 < bounds[1] < 2.9 < bounds[2]
+    # The truth at delta 1e-5: 0.46, 2.1 and 10.6.
+    assert bounds[0] < 0.46
+    assert 0.3 < bounds[1] < 2.1 < bounds[2]
 
 
 def without_noise(monkeypatch):
