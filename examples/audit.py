@@ -1,0 +1,242 @@
+"""Attacks an overfit teacher and its student, and audits every method with canaries.
+
+    python examples/audit.py --epsilon=1
+
+trains a teacher that knows 2,000 images by heart, transcribes it, and writes audit.json
+and audit.png: membership inference against both, model inversion of both, and for every
+method a lower bound on its epsilon beside the epsilon that it claims.
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # says that there is no GPU
+
+import keras
+import numpy as np
+from absl import app, flags
+
+import dp_transcribe as dpt
+from dp_transcribe import _validate, cli
+from dp_transcribe.data import DATASETS, ImageDataset, load_dataset
+from dp_transcribe.evaluation import (
+    AuditResult,
+    Inversion,
+    ask,
+    audit_dpkip,
+    audit_linear_model,
+    audit_responses,
+    audit_votes,
+    offline_lira,
+    strongest_attack,
+)
+from dp_transcribe.evaluation.report import audit_report, draw_audit
+from dp_transcribe.generators import MLPGenerator
+from dp_transcribe.generators.priors import default_prior
+from dp_transcribe.mechanisms import (
+    ClippedGradient,
+    NormalizedGradient,
+    NormalizedOutputGradient,
+    RandomizedResponse,
+    SelectiveRandomizedResponse,
+)
+from dp_transcribe.queries import FreshQueries
+from dp_transcribe.reporting import write_json
+
+TINY = (8, 8, 1)
+# Mechanisms as no method of its own has them.
+OTHERS = {
+    "NormalizedGradient, fresh": NormalizedGradient(),
+    "ClippedGradient, fresh": ClippedGradient(),
+    "NormalizedOutputGradient": NormalizedOutputGradient(),
+    "RandomizedResponse": RandomizedResponse(),
+}
+
+FLAGS = flags.FLAGS
+flags.DEFINE_float("epsilon", 1.0, "Target of transcription and audits.")
+flags.DEFINE_float("delta", 1e-5, "Target, strictly between 0 and 1.")
+flags.DEFINE_enum("method", "dpsd_data", list(cli.BUILDERS), "Of the transcription.")
+flags.DEFINE_enum("dataset", "mnist", list(DATASETS), "Data set.")
+flags.DEFINE_string("data_dir", None, "Folder prepared by tensorflow-datasets.")
+flags.DEFINE_string("output_dir", "output/audit", "Where the results go.")
+flags.DEFINE_integer("train_images", 2000, "The teacher learns by heart.", 10)
+flags.DEFINE_integer("teacher_epochs", 60, "Of the teacher.", 1)
+flags.DEFINE_integer("shadows", 0, "Shadow models for LiRA; 2 or more, or none.", 0)
+flags.DEFINE_integer("epochs", 2, "Of the transcription.", 1)
+flags.DEFINE_integer("steps_per_epoch", 10, "Of the transcription.", 1)
+flags.DEFINE_integer("canaries", 4000, "Of every canary audit.", 100)
+flags.DEFINE_integer("inversion_steps", 200, "Of model inversion.", 1)
+flags.DEFINE_integer("seed", None, "For tests; secret without it.")
+
+
+def overfit(images: np.ndarray, labels: np.ndarray, classes: int) -> keras.Model:
+    """A network that knows its training images by heart."""
+    model = dense_network(images.shape[1:], classes, units=256)
+    model.compile(
+        keras.optimizers.Adam(1e-3),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        jit_compile=False,
+    )
+    epochs = FLAGS.teacher_epochs
+    model.fit(images, labels, batch_size=64, epochs=epochs, verbose=0)
+    return model
+
+
+def dense_network(shape: tuple[int, ...], classes: int, *, units: int) -> keras.Model:
+    """One hidden layer, ending in logits."""
+    return keras.Sequential(
+        [
+            keras.layers.Input(shape),
+            keras.layers.Flatten(),
+            keras.layers.Dense(units, activation="relu"),
+            keras.layers.Dense(classes),
+        ]
+    )
+
+
+def transcribed(teacher: dpt.Teacher, dataset: ImageDataset) -> dpt.DPTranscriber:
+    """The student, by the method and in the schedule that the flags say."""
+    prior = default_prior(teacher.input_shape, domain=cli.DOMAINS[dataset.name])
+    transcriber = cli.BUILDERS[FLAGS.method](
+        teacher,
+        prior,
+        student=dense_network(teacher.input_shape, teacher.num_classes, units=128),
+        generator=MLPGenerator(teacher.input_shape),
+        epochs=FLAGS.epochs,
+        steps_per_epoch=FLAGS.steps_per_epoch,
+        seed=FLAGS.seed,
+    )
+    transcriber.fit(target_epsilon=FLAGS.epsilon, delta=FLAGS.delta, verbose=2)
+    return transcriber
+
+
+def membership(models: dict[str, dpt.Teacher], dataset: ImageDataset) -> dict[str, Any]:
+    """The strongest membership attack on each model."""
+    count = FLAGS.train_images
+    seen = dataset.train_images[:count], dataset.train_labels[:count]
+    unseen = dataset.test_images[:5000], dataset.test_labels[:5000]
+    found = {}
+    for name, model in models.items():
+        found[name] = strongest_attack(ask(model.predict, seen, unseen))
+    if FLAGS.shadows:
+        shadows = []
+        for number in range(1, FLAGS.shadows + 1):
+            own = slice(number * count, (number + 1) * count)
+            shadow = overfit(
+                dataset.train_images[own],
+                dataset.train_labels[own],
+                dataset.num_classes,
+            )
+            predict = dpt.Teacher(shadow, outputs="logits").predict
+            shadows.append(ask(predict, seen, unseen))
+        for name, model in models.items():
+            lira = offline_lira(ask(model.predict, seen, unseen), shadows)
+            found[name] = max(found[name], lira, key=lambda result: result.auc)
+    return found
+
+
+def released_by(method: str) -> tuple[Any, Any]:
+    """Mechanism and queries of a method, which needs a tiny teacher to be built."""
+    prior = default_prior(TINY, domain="strokes")
+    parts = {"student": dense_network(TINY, 10, units=4)}
+    parts["generator"] = MLPGenerator(TINY, units=(8,))
+    teacher = dpt.Teacher(dense_network(TINY, 10, units=4), outputs="logits")
+    if method == "srr":  # it would train the generator by the teacher
+        return SelectiveRandomizedResponse(smoothing=0.5), FreshQueries()
+    built = cli.BUILDERS[method](teacher, prior, **parts)
+    return built.mechanism, built.queries
+
+
+def canary_audits() -> list[tuple[str, AuditResult]]:
+    """Audits of every method and mechanism of the library."""
+    terms = {
+        "target_epsilon": FLAGS.epsilon,
+        "delta": FLAGS.delta,
+        "canaries": FLAGS.canaries,
+        "seed": FLAGS.seed,
+    }
+    audits = []
+    for name in dpt.METHODS:
+        audits.append((name, audit_responses(*released_by(name), **terms)))
+    for name, mechanism in OTHERS.items():
+        audits.append((name, audit_responses(mechanism, **terms)))
+    few = {**terms, "canaries": min(FLAGS.canaries, 2000)}
+    audits.append(("distillation, linear", audit_linear_model(**few)))
+    audits.append(("distillation, DP-KIP", audit_dpkip(**{**few, "canaries": 400})))
+    audits.append(("votes", audit_votes(**terms)))
+    return audits
+
+
+def run() -> dict[str, Any]:
+    """Runs everything and writes the results.
+
+    Returns:
+        The report, as it is in audit.json.
+    """
+    _validate.positive_finite("epsilon", FLAGS.epsilon)
+    _validate.fraction_open("delta", FLAGS.delta)
+    folder = _validate.writable_dir("output_dir", FLAGS.output_dir)
+    dataset = load_dataset(FLAGS.dataset, FLAGS.data_dir)
+    if FLAGS.seed is not None:
+        keras.utils.set_random_seed(FLAGS.seed)
+    count = FLAGS.train_images
+    model = overfit(
+        dataset.train_images[:count], dataset.train_labels[:count], dataset.num_classes
+    )
+    teacher = dpt.Teacher(model, outputs="logits")
+    transcriber = transcribed(teacher, dataset)
+    models = {
+        "teacher": teacher,
+        "student": dpt.Teacher(transcriber.student, outputs="logits"),
+    }
+    found = membership(models, dataset)
+    audits = canary_audits()
+    steps = FLAGS.inversion_steps
+    inversion = cli.invert_models(models, dataset, folder, Inversion(steps=steps))
+    print(cli.table(audits))
+    return write_results(folder, dataset, models, found, audits, inversion)
+
+
+def write_results(
+    folder: Path,
+    dataset: ImageDataset,
+    models: dict[str, dpt.Teacher],
+    found: dict[str, Any],
+    audits: list[tuple[str, AuditResult]],
+    inversion: dict[str, Any],
+) -> dict[str, Any]:
+    """Writes audit.json and audit.png; the first keys are of the method transcribed."""
+    test = dataset.test_images, dataset.test_labels
+    report = audit_report(
+        dict(audits)[FLAGS.method],
+        found,
+        inversion=inversion,
+        test_accuracy={name: m.accuracy(*test) for name, m in models.items()},
+        audits={name: result.to_dict() for name, result in audits},
+        dataset_source=dataset.source,
+    )
+    draw_audit(folder / "audit.png", audits, found)
+    write_json(folder / "audit.json", report)
+    print(cli.summary(report, str(folder)))
+    return report
+
+
+def main(argv: list[str]) -> None:
+    """Runs the example; complaints about what was given are one line."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        report = run()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(str(error))
+    if any(audit["flagged"] for audit in report["audits"].values()):
+        sys.exit("A lower bound is above its claim: do not release.")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,182 @@
+"""`python -m dp_transcribe audit`: its files, what it says, and what it refuses."""
+
+import dataclasses
+import functools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dp_transcribe import cli
+from dp_transcribe.data import ImageDataset
+from dp_transcribe.evaluation import AuditResult, Inversion, invert
+from dp_transcribe.export import export_student
+from dp_transcribe.mechanisms import NormalizedGradient
+from dp_transcribe.privacy import Unit
+from dp_transcribe.queries import QueryPool
+from tests import tiny
+
+POOL = QueryPool(size=200, batch_size=20, updates=12)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A data set of 8 x 8 noise, and an inversion of few steps."""
+    random = np.random.default_rng(0)
+
+    def part(count):
+        images = random.random((count, *tiny.IMAGE)).astype(np.float32)
+        return images, np.arange(count, dtype=np.int32) % tiny.CLASSES
+
+    dataset = ImageDataset("mnist", *part(80), *part(60), tiny.CLASSES, "noise")
+    monkeypatch.setattr(cli, "load_dataset", lambda name, data_dir: dataset)
+    few = Inversion(images_per_class=1, steps=2)
+    monkeypatch.setattr(cli, "invert", lambda model, settings: invert(model, few))
+    return dataset
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A saved teacher and an exported student with its statement."""
+    folder = tmp_path_factory.mktemp("models")
+    teacher = tiny.linear_teacher()
+    teacher.model.save(folder / "teacher.keras")
+    transcriber = tiny.transcriber(
+        NormalizedGradient(), teacher=teacher, queries=POOL, seed=None
+    )
+    tiny.fit(transcriber, 2, target_epsilon=2.0, delta=1e-5)
+    export_student(transcriber, folder / "student" / "1")
+    return folder
+
+
+def command(models, tmp_path, *more):
+    return [
+        "audit",
+        f"--teacher={models / 'teacher.keras'}",
+        f"--output_dir={tmp_path}",
+        "--canaries=200",
+        "--seed=1",
+        *more,
+    ]
+
+
+def test_an_exported_student_is_audited_by_its_own_statement(
+    small, models, tmp_path, capsys
+):
+    arguments = command(models, tmp_path, f"--student={models / 'student' / '1'}")
+    assert cli.main(arguments) == 0
+    report = json.loads((tmp_path / "audit.json").read_text())
+    assert report["unit"] == "RESPONSE"
+    assert report["mechanism"] == "NormalizedGradient"
+    assert 1.9 < report["claimed_epsilon"] <= 2.0
+    assert 0.0 <= report["epsilon_lower_bound"] <= report["claimed_epsilon"]
+    assert report["confidence"] == 0.95
+    for name in ("teacher", "student"):
+        found = report["membership"][name]
+        assert {"auc", "tpr_at_1e-3", "tpr_at_1e-2"} <= found.keys()
+        assert 0.3 < found["auc"] < 0.85  # noise that nobody was trained on
+        assert 0.0 <= report["inversion"][name]["recognised"] <= 1.0
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn == {"audit.png", "inversion_teacher.png", "inversion_student.png"}
+    said = capsys.readouterr().out + (tmp_path / "audit.json").read_text()
+    assert "lower bound" in said
+    assert "proof" not in said and "proves" not in said
+
+
+def test_without_a_student_the_method_transcribes_one(
+    small, models, tmp_path, monkeypatch
+):
+    def build(teacher, prior, *, seed):
+        assert prior.image_shape == tiny.IMAGE
+        return tiny.transcriber(
+            NormalizedGradient(), teacher=teacher, queries=POOL, seed=seed
+        )
+
+    monkeypatch.setitem(cli.BUILDERS, "dpdfd", build)
+    arguments = command(models, tmp_path, "--epochs=1", "--epsilon=1.5")
+    monkeypatch.setattr(
+        cli.DPTranscriber,
+        "fit",
+        functools.partialmethod(cli.DPTranscriber.fit, steps_per_epoch=1, verbose=0),
+    )
+    # The audit's own run has a number of steps that it must keep.
+    monkeypatch.setattr(cli, "audit_responses", lambda *_, **__: audited())
+    assert cli.main(arguments) == 0
+    assert (tmp_path / "audit.json").exists()
+
+
+def audited(bound=0.3):
+    return AuditResult(
+        unit=Unit.RESPONSE,
+        mechanism="NormalizedGradient",
+        claimed_epsilon=1.0,
+        delta=1e-5,
+        epsilon_lower_bound=bound,
+        gaussian_lower_bound=None,
+        confidence=0.95,
+        canaries=100,
+        guesses=100,
+        correct=60,
+        attack="sum",
+    )
+
+
+def test_a_bound_above_the_claim_is_an_exit_status(
+    small, models, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(cli, "audit_responses", lambda *_, **__: audited(1.5))
+    arguments = command(models, tmp_path, f"--student={models / 'student' / '1'}")
+    assert cli.main(arguments) == cli.EXIT_FLAGGED
+    assert "FLAGGED" in capsys.readouterr().out
+    assert json.loads((tmp_path / "audit.json").read_text())["flagged"]
+
+
+def test_a_student_without_its_statement_is_refused(small, models, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    model = tiny.linear_model()
+    tf.saved_model.save(
+        model,
+        str(bare),
+        signatures=tf.function(
+            lambda image: {"logits": model(image)},
+            input_signature=[tf.TensorSpec((None, *tiny.IMAGE), tf.float32, "image")],
+        ),
+    )
+    arguments = command(models, tmp_path, f"--student={bare}")
+    assert cli.main(arguments) == cli.EXIT_REFUSED
+    assert "statement.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [("--canaries=0", "canaries"), ("--delta=2", "delta"), ("--epsilon=-1", "epsilon")],
+)
+def test_values_out_of_range_are_refused(models, tmp_path, capsys, flag, named):
+    assert cli.main(command(models, tmp_path, flag)) == cli.EXIT_REFUSED
+    assert f"`{named}`" in capsys.readouterr().err
+
+
+def test_the_table_marks_what_is_flagged_and_says_infinite_claims():
+    claimed_nothing = dataclasses.replace(audited(), claimed_epsilon=math.inf)
+    lines = cli.table(
+        [("fine", audited()), ("broken", audited(2.0)), ("bare", claimed_nothing)]
+    ).splitlines()
+    assert [("FLAGGED" in line) for line in lines] == [False, False, True, False]
+    assert claimed_nothing.to_dict()["claimed_epsilon"] == "inf"
+
+
+def test_it_is_a_module_that_can_be_run():
+    root = Path(__file__).resolve().parents[1]
+    shown = subprocess.run(
+        [sys.executable, "-m", "dp_transcribe", "audit", "--help"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "--canaries" in shown and "--student" in shown
