@@ -1,4 +1,6 @@
-"""The published methods, one call each, with defaults that work.
+"""The methods, one call each, with defaults that work.
+
+The published ones, and the routes to a guarantee for the records of the teacher.
 
 Each returns a compiled `DPTranscriber`; call its `fit` with a target epsilon.
 """
@@ -10,6 +12,7 @@ from typing import Any
 import keras
 
 from dp_transcribe import _validate
+from dp_transcribe.ensembles import TeacherEnsemble
 from dp_transcribe.generators.base import ProceduralGenerator
 from dp_transcribe.generators.conv_generator import ConvGenerator
 from dp_transcribe.generators.pretraining import pretrain
@@ -17,9 +20,13 @@ from dp_transcribe.generators.trainable import TrainableGenerator
 from dp_transcribe.guidance import pretrain_by_teacher
 from dp_transcribe.losses.objective import GeneratorObjective
 from dp_transcribe.mechanisms.base import Mechanism
+from dp_transcribe.mechanisms.ensemble_gradient import EnsembleGradient
+from dp_transcribe.mechanisms.inherited import Inherited
 from dp_transcribe.mechanisms.noisy_answer import NoisyAnswer
+from dp_transcribe.mechanisms.noisy_votes import NoisyVotes
 from dp_transcribe.mechanisms.randomized_response import SelectiveRandomizedResponse
 from dp_transcribe.mechanisms.weight_gradient import NormalizedGradient
+from dp_transcribe.privacy.inheritance import check_inheritable
 from dp_transcribe.queries import FreshQueries, Queries, QueryPool
 from dp_transcribe.students import lenet_student
 from dp_transcribe.teachers import Teacher
@@ -34,6 +41,8 @@ REPLAY_SIZE = 2**19
 # of the queries are answered among all classes, and its prediction is smoothed then.
 UNIFORM_SHARE = 0.6
 SMOOTHING = 0.5
+# Images drawn for each query that is answered by itself; the student picks.
+CANDIDATES = 3
 
 
 def dpdfd(
@@ -179,22 +188,186 @@ def dpsd(
     )
 
 
+def transcribe_private_teacher(
+    teacher: Teacher | Any,
+    prior: ProceduralGenerator,
+    *,
+    student: keras.Model | None = None,
+    generator: Any = None,
+    temperature: float = 1.0,
+    epochs: int = 10,
+    steps_per_epoch: int = 50,
+    seed: int | None = None,
+) -> DPTranscriber:
+    """A guarantee for people: the student inherits that of a private teacher.
+
+    Args:
+        teacher: a `Teacher` with a statement, as `fit_private_teacher` and
+            `fit_scattering_teacher` return it and `load_teacher` reads it.
+        prior: public source of the queries.
+        student: logits `[batch, classes]`; by default a LeNet of four times the usual
+            width, since no noise grows with the number of weights.
+        generator: a trainable generator of a tenth of the queries, which may be guided
+            by the teacher; by default the prior makes them all.
+        temperature: see `Inherited`.
+        epochs: of the default schedule.
+        steps_per_epoch: of the default schedule.
+        seed: None for fresh queries in every run.
+
+    Returns:
+        A compiled transcriber; call its `fit`, with a target epsilon or without.
+
+    **Privacy**: unit `RECORD`; the teacher's own statement. Nothing is spent. Student
+    and generator are covered.
+
+    Raises:
+        ValueError: the teacher has no statement.
+    """
+    teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+    check_inheritable(teacher.statement, "teacher.statement")
+    if student is None:
+        student = lenet_student(
+            teacher.input_shape,
+            teacher.num_classes,
+            filters=(32, 64),
+            units=128,
+            activation="relu",
+        )
+    return _by_answers(
+        teacher,
+        prior,
+        student,
+        generator or prior,
+        Inherited(teacher.statement, temperature),
+        schedule=(epochs, steps_per_epoch),
+        batch_size=256,
+        learning_rate=2e-3,
+        updates=8,
+        seed=seed,
+    )
+
+
+def pate(
+    ensemble: TeacherEnsemble,
+    prior: ProceduralGenerator,
+    *,
+    release: str = "votes",
+    student: keras.Model | None = None,
+    generator: Any = None,
+    epochs: int = 10,
+    steps_per_epoch: int = 4,
+    seed: int | None = None,
+) -> DPTranscriber:
+    """A guarantee for people: the noisy votes of teachers on disjoint shards.
+
+    Args:
+        ensemble: from `train_shard_teachers`.
+        prior: public source of the queries.
+        release: "votes" keeps the noisy counts, "label" only the class that leads
+            (GNMax as published). The cost is the same.
+        student: logits `[batch, classes]`; a LeNet with tanh by default.
+        generator: a trainable generator of a tenth of the queries, guided by the
+            student; by default the prior makes them all.
+        epochs: of the default schedule.
+        steps_per_epoch: of the default schedule; each answers 512 queries.
+        seed: None for secret noise.
+
+    Returns:
+        A compiled transcriber; `fit(target_epsilon=...)` does the rest.
+
+    **Privacy**: unit `RECORD`, replace-one. Every query answered is a release and all
+    of them compose; an answer is replayed as often as wanted at no cost. Student and
+    generator are covered.
+
+    References:
+        arXiv:1610.05755, arXiv:1802.08908, with random processes in place of the real
+        images that PATE asks about.
+    """
+    return _by_answers(
+        ensemble,
+        prior,
+        student,
+        generator or prior,
+        NoisyVotes(num_teachers=_num_teachers(ensemble), released=release),
+        schedule=(epochs, steps_per_epoch),
+        batch_size=512,
+        learning_rate=2e-3,
+        updates=24,
+        seed=seed,
+    )
+
+
+def pate_gradient(
+    ensemble: TeacherEnsemble,
+    prior: ProceduralGenerator,
+    *,
+    student: keras.Model | None = None,
+    generator: Any = None,
+    epochs: int = 10,
+    steps_per_epoch: int = 20,
+    seed: int | None = None,
+) -> DPTranscriber:
+    """As `pate`, but each teacher hands over one bounded gradient per update.
+
+    Args:
+        ensemble: from `train_shard_teachers`.
+        prior: public source of the queries.
+        student: logits `[batch, classes]`; a LeNet with tanh by default.
+        generator: a trainable generator of a tenth of the queries, guided by the
+            student; by default the prior makes them all.
+        epochs: of the default schedule.
+        steps_per_epoch: of the default schedule, each one update.
+        seed: None for secret noise.
+
+    Returns:
+        A compiled transcriber; `fit(target_epsilon=...)` does the rest.
+
+    **Privacy**: unit `RECORD`, replace-one; every update is a release and all of them
+    compose. Student and generator are covered.
+    """
+    rate = keras.optimizers.schedules.CosineDecay(
+        2e-3, epochs * steps_per_epoch, alpha=0.05
+    )
+    return _transcriber(
+        ensemble,
+        prior,
+        student,
+        generator or prior,
+        EnsembleGradient(num_teachers=_num_teachers(ensemble)),
+        FreshQueries(batch_size=256),
+        keras.optimizers.Adam(rate, use_ema=True, ema_momentum=0.95),
+        schedule=(epochs, steps_per_epoch),
+        seed=seed,
+    )
+
+
+def _num_teachers(ensemble: TeacherEnsemble) -> int:
+    mend = "Train one with `train_shard_teachers`."
+    return _validate.instance_of(
+        "ensemble", ensemble, TeacherEnsemble, mend
+    ).num_teachers
+
+
 def _by_answers(
     teacher: Any,
     prior: ProceduralGenerator,
     student: keras.Model | None,
-    generator: TrainableGenerator,
+    generator: Any,
     mechanism: Mechanism,
     *,
     schedule: tuple[int, int],
+    batch_size: int = 2048,
+    learning_rate: float = 4e-3,
+    updates: int = 4,
     **kwargs: Any,
 ) -> DPTranscriber:
-    """What the methods share that noise every answer by itself."""
+    """What the methods share that release every answer by itself."""
     epochs, steps_per_epoch = schedule
-    updates = 4
-    queries = FreshQueries(batch_size=2048)
+    queries = FreshQueries(batch_size=batch_size)
     steps = epochs * steps_per_epoch
-    rate = keras.optimizers.schedules.CosineDecay(4e-3, steps * updates, alpha=0.02)
+    rate = keras.optimizers.schedules.CosineDecay(
+        learning_rate, steps * updates, alpha=0.02
+    )
     return _transcriber(
         teacher,
         prior,
@@ -205,10 +378,10 @@ def _by_answers(
         keras.optimizers.Adam(rate, use_ema=True, ema_momentum=0.99),
         schedule=schedule,
         student_updates=updates,
-        replay_size=REPLAY_SIZE,
-        replay_batch_size=2048,
+        replay_size=min(REPLAY_SIZE, steps * queries.batch_size),
+        replay_batch_size=batch_size,
         uniform_prior_queries=int(UNIFORM_SHARE * steps * queries.batch_size),
-        **kwargs,
+        **{"candidates_per_query": CANDIDATES, **kwargs},
     )
 
 
@@ -216,7 +389,7 @@ def _transcriber(
     teacher: Any,
     prior: ProceduralGenerator,
     student: keras.Model | None,
-    generator: TrainableGenerator,
+    generator: Any,
     mechanism: Mechanism,
     queries: Queries,
     optimizer: keras.optimizers.Optimizer,
@@ -235,6 +408,7 @@ def _transcriber(
         queries=queries,
         public_prior=prior,
         public_share=0.9,
+        balance_classes=True,
         schedule=schedule,
         objective=GeneratorObjective(one_hot=1.0, information_entropy=5.0),
         **kwargs,

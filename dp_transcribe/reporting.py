@@ -19,6 +19,7 @@ import tensorflow as tf
 from dp_transcribe import _validate
 from dp_transcribe.learning import AnswerLearner
 from dp_transcribe.mechanisms.base import AnswerMechanism, Released
+from dp_transcribe.privacy.units import Unit
 from dp_transcribe.queries import Replay, dequantize
 from dp_transcribe.transcriber import DPTranscriber
 
@@ -37,7 +38,7 @@ _CURVES = {
 }
 _CURVE_CAPTION = (
     "Test images are measured for this picture only: nothing is chosen by them.\n"
-    "Agreement is that with the released, noisy answers."
+    "Agreement is that with the released answers."
 )
 
 
@@ -213,8 +214,8 @@ class Samples:
 def draw_samples(transcriber: DPTranscriber, count: int = 40) -> Samples:
     """Queries with the labels that were released for them; asks the teacher nothing.
 
-    A mechanism that answers queries shows the last ones in the replay, with their
-    noisy answers. One that releases gradients has no labels to show: new images of
+    A mechanism that answers queries shows the last ones in the replay, with the
+    answers released. One that releases gradients has no labels to show: new images of
     the generator are labelled by the student.
 
     Args:
@@ -230,7 +231,7 @@ def draw_samples(transcriber: DPTranscriber, count: int = 40) -> Samples:
     learner = transcriber._learner
     if isinstance(learner, AnswerLearner):
         images, labels = _answered(transcriber, learner.replay, count)
-        origin = "The last queries, each with the noisy label released for it."
+        origin = "The last queries, each with the label released for it."
     else:
         images = transcriber.generator.sample(count, tf.constant([0, 0])).numpy()
         labels = predict_classes(transcriber.student, images)
@@ -283,7 +284,11 @@ def plot_samples(path: Path, samples: Samples, *, columns: int = 10) -> None:
 
 
 def plot_curve(
-    path: Path, history: Mapping[str, Sequence[Any]], *, teacher_accuracy: float
+    path: Path,
+    history: Mapping[str, Sequence[Any]],
+    *,
+    teacher_accuracy: float,
+    unit: Unit = Unit.RESPONSE,
 ) -> None:
     """Draws accuracy, agreement and epsilon over the epochs.
 
@@ -291,6 +296,7 @@ def plot_curve(
         path: of the PNG file.
         history: of a `Recorder`.
         teacher_accuracy: on the same test images, a fraction.
+        unit: what the epsilon protects.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -303,8 +309,8 @@ def plot_curve(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     right = axes.twinx()
     epsilon = _numbers(history["epsilon"])
-    right.plot(history["epoch"], epsilon, "k--", label="epsilon per answer")
-    right.set_ylabel("epsilon per answer (unit RESPONSE)")
+    right.plot(history["epoch"], epsilon, "k--", label="epsilon")
+    right.set_ylabel(f"epsilon (unit {unit.value})")
     right.set_ylim(bottom=0.0)
     lines = [*axes.get_lines(), *right.get_lines()]
     axes.legend(lines, [str(line.get_label()) for line in lines], loc="lower right")

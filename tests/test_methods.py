@@ -14,7 +14,9 @@ from dp_transcribe.mechanisms import (
     SelectiveRandomizedResponse,
 )
 from dp_transcribe.privacy.units import Unit
+from dp_transcribe.teachers import Teacher
 from tests import tiny
+from tests.privacy.test_inheritance import STATEMENT
 
 CALLS = {
     "dpdfd": dpt.dpdfd,
@@ -86,3 +88,19 @@ def test_a_generator_that_read_the_teacher_is_not_exported(tmp_path):
 def test_unknown_protection_is_refused():
     with pytest.raises(ValueError, match="protect"):
         dpt.dpsd(tiny.linear_teacher(), SmoothNoise(tiny.IMAGE), protect="both")
+
+
+def test_a_private_teacher_is_transcribed_under_its_own_statement():
+    teacher = Teacher(tiny.linear_model(5), statement=STATEMENT)
+    transcriber = dpt.transcribe_private_teacher(
+        teacher, SmoothNoise(tiny.IMAGE), student=tiny.linear_model(), epochs=1
+    )
+    transcriber.fit(target_epsilon=1.0, steps_per_epoch=2, verbose=0)
+    statement = transcriber.privacy_statement()
+    assert (statement.unit, statement.epsilon) == (Unit.RECORD, STATEMENT.epsilon)
+    assert {"student", "generator"} <= set(statement.covered)
+
+
+def test_a_teacher_that_is_not_private_is_not_transcribed_as_one():
+    with pytest.raises(ValueError, match="statement"):
+        dpt.transcribe_private_teacher(tiny.linear_teacher(), SmoothNoise(tiny.IMAGE))

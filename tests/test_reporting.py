@@ -135,7 +135,7 @@ def test_samples_of_answers_are_the_released_ones():
     )
     released = replay.released.numpy()[rows, 0].argmax(-1)
     np.testing.assert_array_equal(samples.labels, released)
-    assert "noisy label" in samples.caption and "Covered" in samples.caption
+    assert "label released" in samples.caption and "Covered" in samples.caption
 
 
 def test_samples_are_at_most_what_there_is():
