@@ -84,6 +84,15 @@ class Inherited(AnswerMechanism):
     def check(self, num_classes: int) -> None:
         """Fits any number of classes."""
 
+    def check_teacher(self, teacher: Any) -> None:
+        """Refuses a teacher that does not carry the statement it is to pass on."""
+        own = getattr(teacher, "statement", None)
+        if own is not None and own.to_json() == self.statement.to_json():
+            return
+        expected = "a teacher with the privacy statement that `Inherited` was given"
+        mend = "Train it with `fit_private_teacher`, or give `load_teacher` its file."
+        raise _validate.invalid("teacher", own, expected, mend)
+
     def release(
         self, answers: tf.Tensor, prior: tf.Tensor, seed: tf.Tensor
     ) -> Released:
