@@ -1,5 +1,6 @@
 """Private data distillation: a few synthetic examples that stand for a data set."""
 
+from dp_transcribe.distillation.centroids import CentroidTraining, PrivateCentroids
 from dp_transcribe.distillation.dataset import DistilledDataset, balanced_labels
 from dp_transcribe.distillation.distill import Distillation, distill
 from dp_transcribe.distillation.kernels import (
@@ -23,6 +24,7 @@ from dp_transcribe.distillation.whitening import PublicWhitening
 
 __all__ = [
     "CategoricalColumn",
+    "CentroidTraining",
     "DPKIP",
     "Distillation",
     "DistilledDataset",
@@ -32,6 +34,7 @@ __all__ = [
     "LinearTraining",
     "NTKKernel",
     "NumericColumn",
+    "PrivateCentroids",
     "PrivateLinearModel",
     "PublicWhitening",
     "RBFKernel",

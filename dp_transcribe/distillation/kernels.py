@@ -13,6 +13,10 @@ from dp_transcribe import _validate
 from dp_transcribe.distillation.scattering import Scattering
 
 _EPSILON = 1e-5
+# float32 values that a distillation may take for its support images, 4 GiB.
+LARGEST = 2**30
+# float32 values per pixel that are kept to go back through a scattering embedding.
+KEPT_PER_PIXEL = 1000
 
 
 class Kernel(abc.ABC):
@@ -30,9 +34,23 @@ class Kernel(abc.ABC):
         """Whether an embedding is the flattened input itself."""
         return False
 
+    @property
+    def is_inner_product(self) -> bool:
+        """Whether `between` is the inner product of embeddings."""
+        return False
+
     @abc.abstractmethod
     def embed(self, inputs: tf.Tensor) -> tf.Tensor:
         """Maps inputs `[n, ...]` to embeddings, float32 `[n, features]`."""
+
+    def jacobian(self, example: tf.Tensor) -> tf.Tensor:
+        """Jacobian of the embedding of one input, float32 `[pixels, features]`."""
+        pixels = math.prod(example.shape)
+        repeated = tf.repeat(example[None], pixels, axis=0)
+        directions = tf.reshape(tf.eye(pixels), [pixels, *example.shape])
+        with tf.autodiff.ForwardAccumulator(repeated, directions) as accumulator:
+            embedded = self.embed(repeated)
+        return accumulator.jvp(embedded)
 
     @abc.abstractmethod
     def between(self, left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
@@ -94,9 +112,18 @@ class ScatteringKernel(Kernel):
         """Length of an embedding: 3969 for images of 28x28x1."""
         return self.channels * math.prod(self.transform.output_size)
 
+    @property
+    def is_inner_product(self) -> bool:
+        """True."""
+        return True
+
     def embed(self, inputs: tf.Tensor) -> tf.Tensor:
         """Normalised scattering coefficients, float32 `[n, features]` of norm 1."""
         return _scattering_embedding(self, inputs)
+
+    def jacobian(self, example: tf.Tensor) -> tf.Tensor:
+        """As in `Kernel`, the image itself being transformed only once."""
+        return _scattering_jacobian(self, tf.cast(example, tf.float32))
 
     def between(self, left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
         """Inner products."""
@@ -106,13 +133,36 @@ class ScatteringKernel(Kernel):
 @tf.function(jit_compile=True, reduce_retracing=False)
 def _scattering_embedding(kernel: ScatteringKernel, images: tf.Tensor) -> tf.Tensor:
     """Compiled per kernel and batch size."""
-    coefficients = kernel.transform(tf.cast(images, tf.float32))
-    flat = tf.reshape(coefficients, [tf.shape(images)[0], kernel.num_groups, -1])
+    return _normalised(kernel, kernel.transform(tf.cast(images, tf.float32)))
+
+
+@tf.function(jit_compile=True, reduce_retracing=False)
+def _scattering_jacobian(kernel: ScatteringKernel, image: tf.Tensor) -> tf.Tensor:
+    """Compiled per kernel."""
+    height, width, colours = kernel.image_shape
+    pixels = height * width
+    directions = tf.reshape(tf.eye(pixels), [pixels, height, width])
+    planes = [image[:, :, colour] for colour in range(colours)]
+    moves = [kernel.transform.tangents(plane, directions) for plane in planes]
+    # Pixels of one colour move the channels of that colour alone.
+    blocks = tf.reshape(tf.stack(moves, axis=1), [pixels, colours, 1, -1])
+    blocks *= tf.eye(colours)[None, :, :, None]
+    tangents = tf.reshape(blocks, [pixels * colours, kernel.num_features])
+    coefficients = tf.reshape(kernel.transform(image[None]), [1, kernel.num_features])
+    repeated = tf.repeat(coefficients, pixels * colours, axis=0)
+    with tf.autodiff.ForwardAccumulator(repeated, tangents) as accumulator:
+        embedded = _normalised(kernel, repeated)
+    return accumulator.jvp(embedded)
+
+
+def _normalised(kernel: ScatteringKernel, coefficients: tf.Tensor) -> tf.Tensor:
+    """Normalises each group of coefficients `[n, ...]`, then each image."""
+    count = tf.shape(coefficients)[0]
+    flat = tf.reshape(coefficients, [count, kernel.num_groups, -1])
     mean, variance = tf.nn.moments(flat, axes=[-1], keepdims=True)
     normal = (flat - mean) * tf.math.rsqrt(variance + _EPSILON)
-    return tf.math.l2_normalize(
-        tf.reshape(normal, [tf.shape(images)[0], kernel.num_features]), axis=1
-    )
+    rows = tf.reshape(normal, [count, kernel.num_features])
+    return tf.math.l2_normalize(rows, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,16 @@ import tensorflow as tf
 
 from dp_transcribe import _validate
 from dp_transcribe.distillation.dataset import DistilledDataset, balanced_labels
-from dp_transcribe.distillation.jacobian import embedding_jacobians
-from dp_transcribe.distillation.kernels import Kernel, embed_in_batches
+from dp_transcribe.distillation.kernels import (
+    KEPT_PER_PIXEL,
+    LARGEST,
+    Kernel,
+    embed_in_batches,
+)
+from dp_transcribe.distillation.kip_gradients import (
+    feature_gradient_sum,
+    pixel_gradient_sum,
+)
 from dp_transcribe.distillation.linear import check_labels
 from dp_transcribe.distillation.releases import (
     RELATION,
@@ -30,8 +38,6 @@ from dp_transcribe.privacy.statement import PrivacyStatement
 _LOGGER = logging.getLogger(__name__)
 # Records whose gradients are held at once.
 _CHUNK = 64
-# float32 values that one chunk's gradients and the Jacobian may take, 4 GiB.
-_LARGEST = 2**30
 _LARGEST_FEATURE = 1e6
 
 
@@ -43,6 +49,11 @@ class KIPTraining:
         steps: number of noisy steps.
         learning_rate: of Adam, in units of the pixels.
         l2_norm: bound of one record's gradient over all support images together.
+        bounded: what the gradient that is bounded and noised is taken by:
+            `"pixels"`, as published, or `"features"` of the support images, from
+            which the noisy sum is carried back to the pixels in one pass. That
+            needs no Jacobian and a kernel that is an inner product; the noise is
+            spread over as many entries as there are features.
         sampling_probability: probability with which a step takes each record.
         penalty: of the ridge regression, as in `KernelRidgeClassifier`.
         accountant: `"rdp"` or `"pld"`.
@@ -51,6 +62,7 @@ class KIPTraining:
     steps: int = 300
     learning_rate: float = 0.1
     l2_norm: float = 1e-2
+    bounded: str = "pixels"
     sampling_probability: float = 1 / 30
     penalty: float = 1e-3
     accountant: str = "rdp"
@@ -60,6 +72,7 @@ class KIPTraining:
         _validate.positive_int("steps", self.steps)
         for name in ("learning_rate", "l2_norm", "penalty"):
             _validate.positive_finite(name, getattr(self, name))
+        _validate.one_of("bounded", self.bounded, ("pixels", "features"))
         sampling_rate(self.sampling_probability)
         _validate.one_of("accountant", self.accountant, ("rdp", "pld"))
 
@@ -82,7 +95,8 @@ class DPKIP(keras.Model):
     **Privacy**: unit `RECORD`, zero-out. The gradient of each record's loss with
     respect to all support images is clipped jointly to `l2_norm`; their sum over a
     true Poisson sample is released once per step. Records are embedded one by one;
-    no statistic of them is used. `initial` must not come from private data.
+    no statistic of them is used. `initial` must not come from private data: `fit`
+    refuses it if it finds one of its records in there.
 
     References:
         Vinaroz, Park: Differentially Private Kernel Inducing Points using features
@@ -114,7 +128,13 @@ class DPKIP(keras.Model):
         )
         self.labels = balanced_labels(len(initial) // num_classes, num_classes)
         self.built = True
-        _check_memory(self.support.shape, self._width())
+        if not (kernel.is_inner_product or kernel.embeds_identically):
+            expected = "a kernel that is an inner product or embeds nothing"
+            raise _validate.invalid("kernel", kernel, expected)
+        if self.training_plan.bounded == "features" and not kernel.is_inner_product:
+            expected = "'pixels' for a kernel that is no inner product"
+            raise _validate.invalid("bounded", self.training_plan.bounded, expected)
+        self._check_memory()
         self._releases: RecordSums | None = None
         self._delta = 0.0
 
@@ -155,6 +175,7 @@ class DPKIP(keras.Model):
             )
         plan = self.training_plan
         labels = check_labels(y, len(x), self.num_classes)
+        _refuse_records(self.support.numpy(), x)
         if embedded is not None and len(embedded) != len(x):
             expected = f"None or one row for each of {len(x)} records"
             raise _validate.invalid("embedded", np.shape(embedded), expected)
@@ -198,7 +219,7 @@ class DPKIP(keras.Model):
         chosen = self._releases.sample(len(embedded)).numpy()
         total = self.clipped_gradient_sum(embedded[chosen], labels[chosen])
         expected = self._releases.sampling_probability * len(embedded)
-        gradient = self._releases.add_noise(total) / expected
+        gradient = self._to_pixels(self._releases.add_noise(total) / expected)
         self.optimizer.apply_gradients([(gradient, self.support)])
         return {}
 
@@ -212,30 +233,34 @@ class DPKIP(keras.Model):
             labels: int `[n]`.
 
         Returns:
-            float32, of the shape of the support.
+            float32 `[support, pixels]`, or `[support, features]` where the features'
+            gradient is bounded.
 
         **Privacy**: moves by at most `l2_norm` if one record is left out; a record
         with a feature that is not finite, or above 1e6 in size, counts as zero.
         """
-        support = self.kernel.embed(self.support.value)
-        shape = self.support.shape
-        total = tf.zeros([shape[0], math.prod(shape[1:])])
-        if not len(embedded):
-            return tf.reshape(total, shape)
-        jacobians = embedding_jacobians(self.kernel, self.support.value)
+        plan, support = self.training_plan, self.kernel.embed(self.support.value)
         # Left in, a NaN would spread to the records that are differentiated with it.
         usable = np.all(np.abs(embedded) <= _LARGEST_FEATURE, axis=1)
         embedded, labels = embedded[usable], labels[usable]
+        by_features = plan.bounded == "features"
+        width = support.shape[1] if by_features else math.prod(self.support.shape[1:])
+        total = tf.zeros([support.shape[0], width])
+        if not len(embedded):
+            return total
+        jacobians = []
+        if not by_features and self.kernel.is_inner_product:
+            jacobians = [self.kernel.jacobian(image) for image in self.support.value]
         targets = centred_one_hot(labels, self.num_classes)
         for start in range(0, len(embedded), _CHUNK):
             chunk = slice(start, start + _CHUNK)
-            gradients = self._gradients(
-                support, tf.constant(embedded[chunk]), tf.constant(targets[chunk])
-            )
-            if jacobians is not None:
-                gradients = tf.einsum("bnd,ndp->bnp", gradients, jacobians)
-            total += _sum_clipped(gradients, self.training_plan.l2_norm)
-        return tf.reshape(total, shape)
+            pairs = tf.constant(embedded[chunk]), tf.constant(targets[chunk])
+            if by_features or jacobians:
+                total += self._closed_form(support, jacobians, *pairs)
+            else:
+                gradients = self._gradients(support, *pairs)
+                total += _sum_clipped(gradients, plan.l2_norm)
+        return total
 
     def distilled(self) -> DistilledDataset:
         """The support images with their guarantee."""
@@ -272,6 +297,26 @@ class DPKIP(keras.Model):
         return ridge_solve(gram, targets, self.training_plan.penalty)
 
     @tf.function(reduce_retracing=True)
+    def _closed_form(
+        self,
+        support: tf.Tensor,
+        jacobians: list[tf.Tensor],
+        embedded: tf.Tensor,
+        targets: tf.Tensor,
+    ) -> tf.Tensor:
+        """Clipped sum for a kernel that is an inner product."""
+        support_targets = tf.constant(centred_one_hot(self.labels, self.num_classes))
+        plan = self.training_plan
+        bounds = {"penalty": plan.penalty, "l2_norm": plan.l2_norm}
+        if not jacobians:
+            return feature_gradient_sum(
+                support, embedded, support_targets, targets, **bounds
+            )
+        return pixel_gradient_sum(
+            support, jacobians, embedded, support_targets, targets, **bounds
+        )
+
+    @tf.function(reduce_retracing=True)
     def _gradients(
         self, support: tf.Tensor, embedded: tf.Tensor, targets: tf.Tensor
     ) -> tf.Tensor:
@@ -289,9 +334,34 @@ class DPKIP(keras.Model):
             losses = 0.5 * tf.reduce_mean(residuals**2, axis=1)
         return tape.jacobian(losses, support)
 
-    def _width(self) -> int:
-        one = tf.zeros([1, *self.support.shape[1:]])
-        return int(self.kernel.embed(one).shape[1])
+    def _to_pixels(self, noisy: tf.Tensor) -> tf.Tensor:
+        """Carries a released gradient back to the pixels, of the support's shape."""
+        support = self.support.value
+        if self.training_plan.bounded == "pixels":
+            return tf.reshape(noisy, support.shape)
+        with tf.GradientTape() as tape:
+            tape.watch(support)
+            product = tf.reduce_sum(self.kernel.embed(support) * noisy)
+        return tape.gradient(product, support)
+
+    def _check_memory(self) -> None:
+        """Refuses a support whose gradients would not fit, naming the size that fits.
+
+        Raises:
+            ValueError: it would take more than 4 GiB.
+        """
+        count, pixels = self.support.shape[0], math.prod(self.support.shape[1:])
+        width = int(self.kernel.embed(self.support.value[:1]).shape[1])
+        per_image = _CHUNK * (width + pixels)
+        if self.training_plan.bounded == "features":
+            per_image = KEPT_PER_PIXEL * pixels + width
+        elif not self.kernel.embeds_identically:
+            per_image += width * pixels
+        largest = LARGEST // per_image
+        if count > largest:
+            expected = f"at most {largest} support images in all, which take 4 GiB"
+            mend = "Ask for fewer images per class, bound features, or use `distill`."
+            raise _validate.invalid("initial", self.support.shape, expected, mend)
 
 
 def _all_steps(plan: KIPTraining, multiplier: float) -> dp_accounting.DpEvent:
@@ -306,12 +376,17 @@ def _sum_clipped(gradients: tf.Tensor, l2_norm: float) -> tf.Tensor:
     return tf.reduce_sum(tf.clip_by_norm(usable, l2_norm, axes=[1, 2]), axis=0)
 
 
-def _check_memory(shape: tf.TensorShape, width: int) -> None:
-    """Refuses a support whose gradients would not fit, naming the size that would."""
-    pixels = math.prod(shape[1:])
-    per_image = _CHUNK * (width + pixels) + width * pixels
-    largest = _LARGEST // per_image
-    if shape[0] > largest:
-        expected = f"at most {largest} support images in all, which take 4 GiB"
-        mend = "Ask for fewer images per class, or use `distill`."
-        raise _validate.invalid("initial", tuple(shape), expected, mend)
+def _refuse_records(support: np.ndarray, records: np.ndarray) -> None:
+    """Refuses a support that holds private records.
+
+    Raises:
+        ValueError: a support image equals a record.
+    """
+    rows = np.asarray(records, np.float32)
+    rows = rows.reshape(len(rows), math.prod(rows.shape[1:]))
+    first = np.isin(rows[:, 0], support.reshape(len(support), -1)[:, 0])
+    known = {row.tobytes() for row in rows[first]}
+    if any(image.tobytes() in known for image in support):
+        expected = "noise or public images"
+        mend = "It holds private records, which would be released as they are."
+        raise _validate.invalid("initial", "(withheld: private)", expected, mend)

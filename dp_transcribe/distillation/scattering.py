@@ -94,6 +94,53 @@ class Scattering:
         channels = self.channels * shape[3]
         return tf.reshape(out, [shape[0], channels, *self.output_size])
 
+    def tangents(self, image: tf.Tensor, directions: tf.Tensor) -> tf.Tensor:
+        """How the transform of one image moves along many directions.
+
+        The image itself is transformed once, whatever the number of directions.
+
+        Args:
+            image: float32 `[height, width]`, one colour.
+            directions: float32 `[n, height, width]`.
+
+        Returns:
+            float32 `[n, channels, output height, output width]`.
+        """
+        return _compiled_tangents(self, image, directions)
+
+    def _tangents(self, image: tf.Tensor, directions: tf.Tensor) -> tf.Tensor:
+        """`_transform`, differentiated by hand; the envelope is all but linear."""
+        bank = filter_bank(self)
+        signal, moves = (
+            tf.pad(planes, [[0, 0], *self._margins()], "REFLECT")[:, None]
+            for planes in (image[None], directions)
+        )
+        order_zero = [bank.smooth(moves, 0)]
+        order_one, order_two = [], []
+        spectrum, moved = _spectrum(signal), _spectrum(moves)
+        for first in range(self.scale):
+            wave = bank.filtered(spectrum, 0, first)
+            change = _turned(wave, bank.filtered(moved, 0, first))
+            order_one.append(bank.smooth(change, first))
+            if first == self.scale - 1:
+                continue
+            inner = _spectrum(_modulus(wave))[:, :, None]
+            inner_moved = _spectrum(change)[:, :, None]
+            order_two.append(
+                [
+                    bank.smooth(
+                        _turned(
+                            bank.filtered(inner, first, second),
+                            bank.filtered(inner_moved, first, second),
+                        ),
+                        second,
+                    )
+                    for second in range(first + 1, self.scale)
+                ]
+            )
+        orders = [*order_zero, *order_one, *self._second_order(order_two)]
+        return tf.concat(orders, axis=1)
+
     def _transform(self, planes: tf.Tensor) -> tf.Tensor:
         """`[n, height, width]` to `[n, channels, output height, output width]`."""
         bank = filter_bank(self)
@@ -142,6 +189,14 @@ def _compiled(transform: Scattering, planes: tf.Tensor) -> tf.Tensor:
     return transform._transform(planes)
 
 
+@tf.function(jit_compile=True)
+def _compiled_tangents(
+    transform: Scattering, image: tf.Tensor, directions: tf.Tensor
+) -> tf.Tensor:
+    """`Scattering._tangents`, compiled per transform and number of directions."""
+    return transform._tangents(image, directions)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class FilterBank:
     """Filters in the Fourier domain, and the low-pass as matrices.
@@ -169,9 +224,12 @@ class FilterBank:
             float32 `[..., orientations, rows, columns]`, smaller by
             `2**(scale - source)`.
         """
+        return _modulus(self.filtered(spectrum, source, scale))
+
+    def filtered(self, spectrum: tf.Tensor, source: int, scale: int) -> tf.Tensor:
+        """The wavelet transform itself, complex64; arguments as in `envelope`."""
         product = spectrum * self.wavelets[source, scale]
-        folded = _fold(product, 2 ** (scale - source))
-        return _modulus(tf.signal.ifft2d(folded))
+        return tf.signal.ifft2d(_fold(product, 2 ** (scale - source)))
 
     def smooth(self, signal: tf.Tensor, resolution: int) -> tf.Tensor:
         """Low-pass, subsampled to the output's size without the padding."""
@@ -287,6 +345,13 @@ def _fold(spectrum: tf.Tensor, factor: int) -> tf.Tensor:
     batch[0] = -1
     split = [*batch, factor, rows // factor, factor, columns // factor]
     return tf.reduce_mean(tf.reshape(spectrum, split), axis=(-4, -2))
+
+
+def _turned(wave: tf.Tensor, change: tf.Tensor) -> tf.Tensor:
+    """Change of the modulus of `wave`, zero where the modulus is."""
+    modulus = _modulus(wave)
+    along = tf.math.real(tf.math.conj(wave) * change)
+    return tf.math.divide_no_nan(along, modulus)
 
 
 def _modulus(values: tf.Tensor) -> tf.Tensor:

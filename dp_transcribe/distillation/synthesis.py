@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from typing import Protocol
 
 import keras
@@ -17,7 +18,7 @@ import tensorflow as tf
 
 from dp_transcribe import _validate
 from dp_transcribe.distillation.dataset import balanced_labels
-from dp_transcribe.distillation.kernels import Kernel
+from dp_transcribe.distillation.kernels import KEPT_PER_PIXEL, LARGEST, Kernel
 from dp_transcribe.distillation.ridge import centred_one_hot, ridge_solve
 
 _LOGGER = logging.getLogger(__name__)
@@ -86,7 +87,8 @@ def synthesize(
         classes in order.
 
     Raises:
-        ValueError: there are more support images asked for than public ones drawn.
+        ValueError: there are more support images asked for than public ones drawn,
+            or than fit into 4 GiB while they are moved.
 
     **Privacy**: post-processing of the weights; nothing else that is private is read.
     """
@@ -95,6 +97,7 @@ def synthesize(
     if settings.images_per_class > settings.queries:
         expected = f"at most `queries`, which is {settings.queries}"
         raise _validate.invalid("images_per_class", settings.images_per_class, expected)
+    _check_memory(source, len(labels), weights.shape[1])
     images, features = _public_images(source, kernel, settings.queries, seed)
     target = tf.constant(_centred(weights), tf.float32)
     start = _surest(features @ target.numpy(), settings.images_per_class)
@@ -170,6 +173,15 @@ def _public_images(
         images.append(np.asarray(batch))
         features.append(kernel.embed(batch).numpy())
     return np.concatenate(images)[:count], np.concatenate(features)[:count]
+
+
+def _check_memory(source: ImageSource, count: int, num_classes: int) -> None:
+    """Refuses more support images than fit, naming the number that does."""
+    example = source.sample(1, tf.constant([0, 0], tf.int32))
+    largest = LARGEST // (KEPT_PER_PIXEL * math.prod(example.shape))
+    if count > largest:
+        expected = f"at most {largest // num_classes}, which take 4 GiB"
+        raise _validate.invalid("images_per_class", count // num_classes, expected)
 
 
 def _surest(scores: np.ndarray, per_class: int) -> np.ndarray:

@@ -85,3 +85,21 @@ def test_an_image_of_nan_spoils_no_other():
     assert np.isnan(embedded[1]).any()
     others = [0, 2, 3, 4]
     np.testing.assert_allclose(embedded[others], expected[others], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "scale"), [((8, 8, 2), 1), pytest.param((16, 12, 1), 2)]
+)
+def test_jacobian_equals_back_propagation(shape, scale):
+    kernel = ScatteringKernel(shape, groups=1, scale=scale, orientations=2)
+    image = np.random.default_rng(5).random(shape).astype(np.float32)
+    direction = np.random.default_rng(6).normal(size=kernel.num_features)
+    variable = tf.Variable(image[None])
+    with tf.GradientTape() as tape:
+        product = tf.reduce_sum(kernel.embed(variable) * direction.astype(np.float32))
+    expected = tape.gradient(product, variable).numpy().ravel()
+    jacobian = kernel.jacobian(tf.constant(image)).numpy()
+    assert jacobian.shape == (image.size, kernel.num_features)
+    np.testing.assert_allclose(
+        jacobian @ direction, expected, atol=1e-4 * np.abs(expected).max()
+    )
