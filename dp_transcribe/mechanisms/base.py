@@ -128,11 +128,19 @@ class Batch:
         queries: `[batch, height, width, channels]`, in the teacher's input range.
         answers: `[batch, classes]` probabilities of the teacher. Protected.
         mask: `[batch]` float32, 0 for padding.
+        log_frequencies: of the classes among the queries, `[classes]`; public. What a
+            student of equally frequent classes says of the queries is its logits
+            plus these.
     """
 
     queries: tf.Tensor
     answers: tf.Tensor
     mask: tf.Tensor
+    log_frequencies: tf.Tensor | float = 0.0
+
+    def adjusted(self, logits: tf.Tensor) -> tf.Tensor:
+        """The student's logits for these queries, float32 `[batch, classes]`."""
+        return tf.cast(logits, tf.float32) + self.log_frequencies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -363,6 +371,18 @@ class AnswerMechanism(Mechanism):
         """
         joint = tf.nn.log_softmax(logits) + self.log_likelihood(released)
         return -tf.reduce_logsumexp(joint, -1)
+
+    def estimates(self, released: Released) -> tf.Tensor:
+        """Estimates of the one-hot answers, for means over many queries.
+
+        Args:
+            released: private answers with all classes as candidates.
+
+        Returns:
+            `[batch, classes]`; by default the class probabilities that the release
+            alone implies, which is close where there is little noise.
+        """
+        return tf.nn.softmax(self.log_likelihood(released))
 
     def labels(self, released: Released) -> tf.Tensor:
         """The class that each release points to, `[batch]` int64."""

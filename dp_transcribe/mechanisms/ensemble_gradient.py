@@ -100,7 +100,7 @@ class EnsembleGradient(GradientMechanism):
             This replica's part of the sums over teachers.
         """
         with tf.GradientTape(persistent=self.space == "weights") as tape:
-            logits = tf.cast(student(batch.queries, training=True), tf.float32)
+            logits = batch.adjusted(student(batch.queries, training=True))
         # With several replicas each bounds its own part of a contribution.
         parts = _replicas()
         rows = tf.cast(tf.shape(logits)[0], tf.float32)

@@ -105,6 +105,12 @@ class NoisyAnswer(AnswerMechanism):
         variance = max(self._stddev, MIN_STDDEV * self.l2_norm) ** 2
         return (released.answers - mean) * keep * scale / variance
 
+    def estimates(self, released: Released) -> tf.Tensor:
+        """Unbiased estimates of one-hot answers, `[batch, classes]`."""
+        classes = float(released.answers.shape[-1])
+        length = math.sqrt(1.0 - 1.0 / classes)
+        return released.answers * (length / self.l2_norm) + 1.0 / classes
+
     @property
     def _stddev(self) -> float:
         return gaussian_stddev(self.noise_multiplier, self.sensitivity)

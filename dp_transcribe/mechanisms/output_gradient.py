@@ -60,7 +60,7 @@ class NormalizedOutputGradient(GradientMechanism):
     def summed(self, student: keras.Model, batch: Batch, noise: Noise) -> Release:
         """Chain rule from the noisy rows to the student's weights."""
         with tf.GradientTape() as tape:
-            logits = tf.cast(student(batch.queries, training=True), tf.float32)
+            logits = batch.adjusted(student(batch.queries, training=True))
         with tf.GradientTape() as row_tape:
             row_tape.watch(logits)
             losses = self.losses(batch.answers, logits)

@@ -98,6 +98,13 @@ class RandomizedResponse(AnswerMechanism):
         inside = self._epsilon * (released.answers - 1.0) + truth
         return tf.where(keep > 0, inside, -tf.math.log(count))
 
+    def estimates(self, released: Released) -> tf.Tensor:
+        """Unbiased estimates of the one-hot labels, `[batch, classes]`."""
+        odds = math.exp(-self._epsilon)
+        others = float(released.answers.shape[-1] - 1)
+        truth, lie = 1.0 / (1.0 + others * odds), odds / (1.0 + others * odds)
+        return (released.answers - lie) / (truth - lie)
+
     @property
     def _epsilon(self) -> float:
         if self.epsilon is None:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 import keras
+import tensorflow as tf
 
 from dp_transcribe import _validate
 from dp_transcribe.mechanisms.base import Batch, GradientMechanism, Noise, Release
@@ -51,18 +52,24 @@ class ClippedGradient(GradientMechanism):
 
     def summed(self, student: keras.Model, batch: Batch, noise: Noise) -> Release:
         """Sum of the bounded weight gradients and statistics of the rows."""
+
+        def losses(answers: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+            return self.losses(answers, batch.adjusted(logits))
+
         clipped = clipped_gradient_sum(
             student,
             batch.queries,
             batch.answers,
-            self.losses,
+            losses,
             l2_norm=self.gradient_norm,
             normalize=self._normalize,
             mask=batch.mask,
             clipping=self.clipping,
             microbatches=self.microbatches,
         )
-        statistics = self.monitored(batch, clipped.outputs, clipped.losses)
+        statistics = self.monitored(
+            batch, batch.adjusted(clipped.outputs), clipped.losses
+        )
         return Release(clipped.gradients, statistics)
 
 
