@@ -173,7 +173,7 @@ def train_shard_teachers(
             known = inputs if features is None else _in_batches(features, inputs)
             job = _Job(model_fn, known, labels, plan, fit, where)
             _train_all(job, missing, processes)
-        teachers = [_load(where, shard) for shard in range(shards)]
+        teachers = [_load(where, shard) or [] for shard in range(shards)]
     stacked = [np.stack(arrays) for arrays in zip(*teachers, strict=True)]
     return TeacherEnsemble(
         model_fn(), stacked, features=features, input_range=input_range

@@ -148,4 +148,5 @@ def data_dependent_epsilon(
 def _epsilon(divergences: np.ndarray, delta: float) -> float:
     if not divergences.any():
         return 0.0
-    return float(rdp_lib.compute_epsilon(_ORDERS, divergences, delta)[0])
+    orders, spent = _ORDERS.tolist(), divergences.tolist()
+    return float(rdp_lib.compute_epsilon(orders, spent, delta)[0])
