@@ -11,7 +11,11 @@ import tensorflow as tf
 from dp_transcribe import _validate
 from dp_transcribe.distillation.dataset import DistilledDataset
 from dp_transcribe.distillation.kernels import Kernel, embed_in_batches
-from dp_transcribe.distillation.linear import LinearTraining, PrivateLinearModel
+from dp_transcribe.distillation.linear import (
+    LinearTraining,
+    PrivateLinearModel,
+    check_labels,
+)
 from dp_transcribe.distillation.synthesis import ImageSource, Synthesis, synthesize
 from dp_transcribe.distillation.whitening import PublicWhitening
 
@@ -78,6 +82,7 @@ def distill(
     **Privacy**: unit `RECORD`, zero-out; the statement is in the result.
     """
     settings = settings or Distillation()
+    labels = check_labels(labels, len(images), num_classes)
     whitening = public_whitening(kernel, source, settings, seed=seed)
     if features is None:
         features = embed_in_batches(kernel, images)
