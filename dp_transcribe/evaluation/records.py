@@ -113,7 +113,7 @@ def _linear_attacks(
     norms = (scales * lengths) * np.linalg.norm(residuals, axis=-1)
     factors = scales * np.minimum(1.0, plan.l2_norm / np.maximum(norms, 1e-12))
     expected = residuals * factors[..., None]
-    found = _against_offsets(sums, centre)
+    found = _beside_centre(sums, centre)
     varying = (found - found.mean(axis=0)) * (expected - expected.mean(axis=0))
     agreement = np.sum(found * expected, axis=2)
     attacks = {
@@ -129,6 +129,15 @@ def _linear_attacks(
 def _against_offsets(matrices: np.ndarray, centre: np.ndarray) -> np.ndarray:
     """Rows of `[steps, features, classes]` along each canary's centred features."""
     return matrices - np.einsum("f,sfc->sc", centre, matrices)[:, None]
+
+
+def _beside_centre(sums: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """Rows of `[steps, features, classes]` without what all centred records share."""
+    length = centre @ centre
+    if length == 0.0:
+        return sums
+    shared = np.einsum("f,sfc->sc", centre, sums) / length
+    return sums - np.einsum("f,sc->sfc", centre, shared)
 
 
 def audit_dpkip(

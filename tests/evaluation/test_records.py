@@ -18,7 +18,7 @@ SAMPLED = LinearTraining(
     accountant="rdp",
 )
 WHOLE = LinearTraining(steps=8, learning_rate=1e-2, l2_norm=0.3, accountant="rdp")
-LINEAR = {"canaries": 1500, "confidence": 0.99, "seed": 2}
+LINEAR = {"canaries": 3000, "seed": 2}
 VOTES = {"canaries": 8192, "seed": 2}
 
 
@@ -88,8 +88,8 @@ def test_the_linear_model_is_not_flagged_and_its_bound_is_not_zero(training):
 )
 def test_a_bug_planted_in_the_linear_model_is_flagged(training, mutant, monkeypatch):
     mutant(monkeypatch)
-    result = audit_linear_model(training, target_epsilon=1.0, **LINEAR)
-    assert result.claimed_epsilon <= 1.0
+    result = audit_linear_model(training, target_epsilon=2.0, **LINEAR)
+    assert result.claimed_epsilon <= 2.0
     assert result.flagged, result
 
 
