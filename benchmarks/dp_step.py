@@ -2,11 +2,14 @@
 
     python benchmarks/dp_step.py --output=dp_step.json
     python benchmarks/dp_step.py --nets=mlp,lenet --paths=ghost,vectorized
+    python benchmarks/peers/make_environments.py --peers_dir=.peers
+    python benchmarks/dp_step.py --peers_dir=.peers
 
 A step is everything: forward, backward, per-example bounding, Gaussian noise and the
 optimizer's update. Plain and private steps alternate in one process, and the ratio is
-that of their medians. Peak memory is that of a process which runs nothing else. Writes
-JSON and, beside it, a bar chart.
+that of their medians. A peer runs in an environment of its own, beside its own
+framework's plain step, with the number of threads that suits it best. Peak memory is
+that of a process which runs nothing else. Writes JSON and, beside it, a bar chart.
 """
 
 import argparse
@@ -26,6 +29,11 @@ sys.path.insert(0, str(ROOT))
 
 NETS = ("mlp", "lenet", "wide", "resnet")
 PATHS = ("ghost", "vectorized", "tf_privacy")
+PEERS = {
+    "opacus_hooks": ("opacus", "opacus_step.py"),
+    "opacus_ghost": ("opacus", "opacus_step.py"),
+    "jax_privacy": ("jax_privacy", "jax_privacy_step.py"),
+}
 TARGETS = {"mlp": 1.25, "lenet": 2.0, "wide": 1.5, "resnet": 1.5}
 
 logger = logging.getLogger("dp_step")
@@ -176,6 +184,11 @@ def measure_time(net, path, batch_size, repeats):
     steps = {"plain": plain_step(model), "private": private_step(model, path)}
     if path == "ghost":
         steps["noiseless"] = private_step(model, path, noise=False)
+    return compare(steps, batch, repeats)
+
+
+def compare(steps, batch, repeats):
+    """The private step in plain ones, and what both take."""
     wall, processor = alternate(steps, batch, repeats)
     result = {
         "ratio": wall["private"] / wall["plain"],
@@ -191,27 +204,35 @@ def measure_time(net, path, batch_size, repeats):
     return result
 
 
+def peak_mb():
+    """The most memory that this process held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def measure_memory(net, path, batch_size):
     """Returns the peak of this process, and its share above a process at rest."""
     import tensorflow as tf
 
     tf.zeros([1]).numpy()
-    rest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    rest = peak_mb()
     model = make_net(net)
     batch = make_batch(model, batch_size)
     step = plain_step(model) if path == "plain" else private_step(model, path)
     for _ in range(4):
         step(*batch)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_mb()
     return {"peak_mb": peak, "step_mb": peak - rest}
 
 
-def in_own_process(arguments, timeout):
-    """Runs this file as a worker and returns what it measured, or the error."""
-    command = [sys.executable, __file__, "--worker", *arguments]
+def in_own_process(arguments, timeout, program=(sys.executable, __file__, "--worker")):
+    """Runs a worker and returns what it measured, or the error."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, check=False
+            [*map(str, program), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return {"error": f"not done after {timeout:.0f} s"}
@@ -221,21 +242,59 @@ def in_own_process(arguments, timeout):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def run(nets, paths, batch_size, repeats, timeout):
+def answer(measured):
+    """What a worker prints for `in_own_process`."""
+    print(json.dumps(measured))
+
+
+def measure(path, common, timeout, peers_dir):
+    """Time and memory of one path on one net."""
+    if path in PEERS:
+        return measure_peer(path, common, timeout, peers_dir)
+    result = in_own_process(["time", path, *common], timeout)
+    if "error" not in result:
+        result |= in_own_process(["memory", path, *common], timeout)
+    return result
+
+
+def measure_peer(path, common, timeout, peers_dir):
+    """The same for a peer, with the number of threads that suits it best."""
+    name, file = PEERS[path]
+    script = Path(__file__).with_name("peers") / file
+    program = (peers_dir.resolve() / name / "bin" / "python", script)
+    if not program[0].exists():
+        return {"error": f"not in {peers_dir}: run peers/make_environments.py"}
+    tries = [[]]
+    if name == "opacus":
+        tries = [[str(n)] for n in range(1, len(os.sched_getaffinity(0)) + 1)]
+    found = [
+        in_own_process(["time", path, *common, *threads], timeout, program)
+        for threads in tries
+    ]
+    found.sort(key=lambda result: result.get("private_ms", float("inf")))
+    result, threads = found[0], [str(n) for n in [found[0].get("threads")] if n]
+    if "error" in result:
+        return result
+    memory, plain = (
+        in_own_process(["memory", which, *common, *threads], timeout, program)
+        for which in (path, "plain")
+    )
+    if "step_mb" in memory and "step_mb" in plain:
+        memory["memory_ratio"] = memory["step_mb"] / plain["step_mb"]
+    return result | memory
+
+
+def run(nets, paths, batch_size, repeats, timeout, peers_dir):
     """Measures every path on every net."""
     results = {}
     for net in nets:
         common = [net, str(batch_size), str(repeats)]
-        results[net] = {
-            "plain": in_own_process(["memory", "plain", *common], timeout),
-        }
+        plain = in_own_process(["memory", "plain", *common], timeout)
+        results[net] = {"plain": plain}
         for path in paths:
-            result = in_own_process(["time", path, *common], timeout)
-            if "error" not in result:
-                result |= in_own_process(["memory", path, *common], timeout)
-                plain = results[net]["plain"]
-                if "step_mb" in plain and "step_mb" in result:
-                    result["memory_ratio"] = result["step_mb"] / plain["step_mb"]
+            result = measure(path, common, timeout, peers_dir)
+            if path not in PEERS and "step_mb" in plain and "step_mb" in result:
+                result["memory_ratio"] = result["step_mb"] / plain["step_mb"]
             results[net][path] = result
             logger.info("%s %s %s", net, path, json.dumps(result))
     return {"batch": batch_size, "repeats": repeats, "nets": results}
@@ -272,11 +331,22 @@ def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("dp_step.json"))
     parser.add_argument("--nets", default=",".join(NETS))
-    parser.add_argument("--paths", default="ghost,vectorized")
+    parser.add_argument("--paths", help="by default ours, and the installed peers'")
+    parser.add_argument("--peers_dir", type=Path, default=Path(".peers"))
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--timeout", type=float, default=600.0)
     return parser.parse_args(arguments)
+
+
+def default_paths(options):
+    """Our own paths, and those of the peers that are installed."""
+    installed = [
+        path
+        for path, (name, _) in PEERS.items()
+        if (options.peers_dir / name / "bin" / "python").exists()
+    ]
+    return ["ghost", "vectorized", *installed]
 
 
 def worker(kind, path, net, batch, repeats):
@@ -288,12 +358,15 @@ def worker(kind, path, net, batch, repeats):
 
 def main():
     if sys.argv[1:2] == ["--worker"]:
-        print(json.dumps(worker(*sys.argv[2:])))
+        answer(worker(*sys.argv[2:]))
         return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = parse(sys.argv[1:])
-    nets, paths = options.nets.split(","), options.paths.split(",")
-    report = run(nets, paths, options.batch, options.repeats, options.timeout)
+    nets = options.nets.split(",")
+    paths = options.paths.split(",") if options.paths else default_paths(options)
+    report = run(
+        nets, paths, options.batch, options.repeats, options.timeout, options.peers_dir
+    )
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(report, indent=2) + "\n")
     draw(report, options.output.with_suffix(".png"))

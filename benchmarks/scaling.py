@@ -1,9 +1,10 @@
 """How the private step scales: with the batch, with the student, over devices.
 
     python benchmarks/scaling.py --output=scaling.json
+    python benchmarks/scaling.py --parts=batch --net=mlp --paths=ghost,tf_privacy
 
-Cost per example should fall to a constant as the batch grows. `--path=tf_privacy`
-shows what happens when it does not.
+Cost per example should fall to a constant as the batch grows; TF-Privacy's grows.
+Processor time stands beside wall time: other programs disturb it less.
 """
 
 import argparse
@@ -20,38 +21,44 @@ import dp_step  # noqa: E402
 
 logger = logging.getLogger("scaling")
 
+PARTS = ("batch", "weights", "devices")
 BATCHES = (16, 64, 256, 1024, 4096)
 WIDTHS = (32, 128, 512, 2048)
 
 
-def examples_per_second(model, path, batch_size, repeats):
-    """Times plain and private steps in turn."""
+def cost(model, path, batch_size, repeats):
+    """Speed of plain and private steps, in turn."""
     batch = dp_step.make_batch(model, batch_size)
     steps = {
         "plain": dp_step.plain_step(model),
         "private": dp_step.private_step(model, path),
     }
-    wall, _ = dp_step.alternate(steps, batch, repeats)
-    return {name: batch_size / seconds for name, seconds in wall.items()}
-
-
-def by_batch(net, path, batches, repeats):
-    """Examples per second against the size of the batch."""
-    found = {}
-    for size in batches:
-        found[size] = examples_per_second(dp_step.make_net(net), path, size, repeats)
-        logger.info("batch %5d %s", size, found[size])
+    wall, processor = dp_step.alternate(steps, batch, repeats)
+    found = {f"{name}_examples_per_s": batch_size / wall[name] for name in steps}
+    for name in steps:
+        found[f"{name}_processor_us_per_example"] = 1e6 * processor[name] / batch_size
     return found
 
 
-def by_width(path, repeats):
-    """Examples per second against the number of weights, for perceptrons."""
-    found = {}
-    for width in WIDTHS:
-        model = dp_step.mlp((width, width))
-        count = model.count_params()
-        found[count] = examples_per_second(model, path, 256, repeats)
-        logger.info("weights %8d %s", count, found[count])
+def by_batch(net, paths, batches, repeats):
+    """Cost against the size of the batch."""
+    found = {path: {} for path in paths}
+    for path in paths:
+        for size in batches:
+            found[path][size] = cost(dp_step.make_net(net), path, size, repeats)
+            logger.info("%s batch %5d %s", path, size, found[path][size])
+    return found
+
+
+def by_width(paths, repeats):
+    """Cost against the number of weights, for perceptrons."""
+    found = {path: {} for path in paths}
+    for path in paths:
+        for width in WIDTHS:
+            model = dp_step.mlp((width, width))
+            count = model.count_params()
+            found[path][count] = cost(model, path, 256, repeats)
+            logger.info("%s weights %8d %s", path, count, found[path][count])
     return found
 
 
@@ -70,7 +77,7 @@ def by_devices(net, repeats):
         step = replicated_step(strategy, model, clipped_gradient_sum)
         batch = dp_step.make_batch(model, 128)
         wall, _ = dp_step.alternate({"private": step}, batch, repeats)
-        found[count] = {"private": count * 128 / wall["private"]}
+        found[count] = {"private_examples_per_s": count * 128 / wall["private"]}
         logger.info("devices %d %s", count, found[count])
     return found
 
@@ -104,7 +111,8 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("scaling.json"))
     parser.add_argument("--net", default="lenet", choices=dp_step.NETS)
-    parser.add_argument("--path", default="ghost", choices=dp_step.PATHS)
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--paths", default="ghost")
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
     parser.add_argument("--repeats", type=int, default=7)
     return parser.parse_args()
@@ -119,13 +127,14 @@ def main():
     two = [tf.config.LogicalDeviceConfiguration() for _ in range(2)]
     tf.config.set_logical_device_configuration(cpu, two)
     batches = [int(size) for size in options.batches.split(",")]
-    report = {
-        "net": options.net,
-        "path": options.path,
-        "batch": by_batch(options.net, options.path, batches, options.repeats),
-        "weights": by_width(options.path, options.repeats),
-        "devices": by_devices(options.net, options.repeats),
-    }
+    paths, parts = options.paths.split(","), options.parts.split(",")
+    report = {"net": options.net, "repeats": options.repeats}
+    if "batch" in parts:
+        report["batch"] = by_batch(options.net, paths, batches, options.repeats)
+    if "weights" in parts:
+        report["weights"] = by_width(paths, options.repeats)
+    if "devices" in parts:
+        report["devices"] = by_devices(options.net, options.repeats)
     options.output.write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import tensorflow as tf
 
 from dp_transcribe.mechanisms.base import (
@@ -25,9 +24,11 @@ from dp_transcribe.queries import (
     Replay,
     balanced_rows,
     dequantize,
+    local_part,
     quantize,
     uncertain_rows,
 )
+from dp_transcribe.workers import gather_parts, own_replicas
 
 # A class is never taken to be rarer than this share of its fair frequency.
 RAREST = 0.05
@@ -221,13 +222,14 @@ class AnswerLearner(Learner):
         return cast(AnswerMechanism, self.owner.mechanism)
 
     def get_replay(self) -> list[Any]:
-        """The replay of all replicas as arrays, for a checkpoint."""
+        """The replay of all replicas as arrays, for a checkpoint.
+
+        With several workers all of them call it at once.
+        """
         strategy = self.owner.distribute_strategy
         return [
-            np.stack(
-                [np.asarray(part) for part in strategy.experimental_local_results(v)]
-            )
-            for v in self.replay.variables()
+            gather_parts(strategy, [part.numpy() for part in parts])
+            for parts in self._replay_parts()
         ]
 
     def set_replay(self, values: list[Any]) -> None:
@@ -236,17 +238,22 @@ class AnswerLearner(Learner):
         Raises:
             ValueError: the replay was saved for other sizes or numbers of replicas.
         """
-        strategy = self.owner.distribute_strategy
-        for variable, value in zip(self.replay.variables(), values, strict=True):
-            parts = strategy.experimental_local_results(variable)
-            wanted = (len(parts), *variable.shape)
+        own = own_replicas(self.owner.distribute_strategy)
+        for parts, value in zip(self._replay_parts(), values, strict=True):
+            wanted = (self.replicas, *parts[0].shape)
             if value.shape != wanted:
                 raise ValueError(
                     f"The checkpoint's replay has shape {value.shape}, expected "
                     f"{wanted}. Load it with the same `replay_size` and replicas."
                 )
-            for part, array in zip(parts, value, strict=True):
-                part.assign(array)
+            for part, replica in zip(parts, own, strict=True):
+                part.assign(value[replica])
+
+    def _replay_parts(self) -> list[tuple[tf.Variable, ...]]:
+        """The replay's variables, for each the copies in this process."""
+        strategy = self.owner.distribute_strategy
+        variables = self.replay.variables()
+        return [strategy.experimental_local_results(v) for v in variables]
 
     def step(self) -> dict[str, Any]:
         """Asks one batch of new queries, then learns from the replay.
@@ -281,7 +288,7 @@ class AnswerLearner(Learner):
     def _count_classes(self, released: Released) -> None:
         """Unbiased, where the student's prediction would confirm itself."""
         count = self.owner.queries.batch_size // self.replicas
-        steps = tf.cast(self.replay.written, tf.float32) / float(count)
+        steps = tf.cast(local_part(self.replay.written), tf.float32) / float(count)
         complete = tf.reduce_all(released.candidates > 0, -1)
         self.follow_frequencies(
             self.mechanism.estimates(released),
@@ -292,7 +299,8 @@ class AnswerLearner(Learner):
     def _prior(self, logits: tf.Tensor) -> tf.Tensor:
         """The student's prediction, uniform while it has learnt too little."""
         prior = tf.nn.softmax(tf.cast(logits, tf.float32))
-        learnt = self.replay.written * self.replicas >= self.owner.uniform_prior_queries
+        written = local_part(self.replay.written) * self.replicas
+        learnt = written >= self.owner.uniform_prior_queries
         return tf.where(learnt, prior, tf.ones_like(prior) / prior.shape[-1])
 
     def update(self) -> tf.Tensor:

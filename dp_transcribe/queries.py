@@ -19,6 +19,7 @@ from dp_transcribe.mechanisms.base import Batch, Mechanism
 from dp_transcribe.privacy.events import Event
 from dp_transcribe.privacy.ledger import Spend
 from dp_transcribe.privacy.units import Unit
+from dp_transcribe.workers import local_devices, outside_scopes
 
 CHUNK = 1000
 
@@ -209,21 +210,27 @@ def balanced_rows(logits: tf.Tensor, count: tf.Tensor | int) -> tf.Tensor:
     return tf.argsort(rank, stable=True)[:count]
 
 
-def local_variable(shape: tuple[int, ...], dtype: Any) -> tf.Variable:
-    """A buffer that every replica has for itself."""
-    return tf.Variable(
-        tf.zeros(shape, dtype),
-        trainable=False,
-        synchronization=tf.VariableSynchronization.ON_READ,
-        aggregation=tf.VariableAggregation.NONE,
+def local_variable(shape: tuple[int, ...], dtype: Any) -> Any:
+    """A buffer that every replica has for itself: a variable, or one per replica.
+
+    The variables are none of the strategy's: it would send the values of one worker
+    to the others.
+    """
+    strategy = tf.distribute.get_strategy()
+    devices = local_devices(strategy)
+
+    def make(context: Any) -> tf.Variable:
+        device = devices[context.replica_id_in_sync_group % len(devices)]
+        with tf.device(device):
+            return tf.Variable(tf.zeros(shape, dtype), trainable=False)
+
+    return strategy.experimental_distribute_values_from_function(
+        lambda context: outside_scopes(lambda: make(context))
     )
 
 
-def local_part(variable: tf.Variable) -> tf.Variable:
-    """This replica's own copy of a `local_variable`.
-
-    As a whole such a variable takes no scatter updates; each copy does.
-    """
+def local_part(variable: Any) -> tf.Variable:
+    """The current replica's own copy of a `local_variable`."""
     copies = tf.distribute.get_strategy().experimental_local_results(variable)
     context = tf.distribute.get_replica_context()
     index = int(tf.get_static_value(context.replica_id_in_sync_group))
@@ -334,6 +341,6 @@ class Replay:
         codes, released = local_part(self.codes), local_part(self.released)
         return tf.gather(codes, rows), tf.gather(released, rows)
 
-    def variables(self) -> list[tf.Variable]:
+    def variables(self) -> list[Any]:
         """What a checkpoint keeps; all of it was released."""
         return [self.codes, self.released, self.written]

@@ -245,13 +245,16 @@ def _answered(
     transcriber: DPTranscriber, replay: Replay, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The newest rows of the replay: images and released labels."""
-    written = int(replay.written)
-    newest = tf.range(max(written - min(count, replay.size), 0), written) % replay.size
-    rows = tf.gather(replay.released, newest)
+    strategy = transcriber.distribute_strategy
+    codes, released, written = (
+        strategy.experimental_local_results(v)[0] for v in replay.variables()
+    )
+    end = int(written)
+    newest = tf.range(max(end - min(count, replay.size), 0), end) % replay.size
+    rows = tf.gather(released, newest)
     mechanism = cast(AnswerMechanism, transcriber.mechanism)
     labels = mechanism.labels(Released(rows[:, 0], rows[:, 1]))
-    codes = tf.gather(replay.codes, newest)
-    images = dequantize(codes, transcriber.teacher.input_range)
+    images = dequantize(tf.gather(codes, newest), transcriber.teacher.input_range)
     return images.numpy(), labels.numpy()
 
 

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import pathlib
+import tempfile
 from typing import Any, cast
 
 import keras
@@ -46,6 +47,13 @@ from dp_transcribe.privacy.units import Unit
 from dp_transcribe.queries import FreshQueries, Queries, QueryPool
 from dp_transcribe.students import check_student
 from dp_transcribe.teachers import Teacher
+from dp_transcribe.workers import (
+    LocalCopy,
+    check_equal,
+    has_other_workers,
+    is_chief,
+    losing_no_worker,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +181,7 @@ class DPTranscriber(keras.Model):
         self.generator_covered = generator_covered
         self.seed = _validate.optional_seed("seed", seed)
         self._check_parts()
+        self._has_other_workers = has_other_workers(self.distribute_strategy)
         self.noise = NoiseSource(self.seed)
         self.ledger = Ledger()
         self.delta: float | None = None
@@ -285,6 +294,7 @@ class DPTranscriber(keras.Model):
         )
         self.generator_optimizer = keras.optimizers.get(generator_optimizer)
         self._compile_arguments = {"loss": loss, "metrics": metrics, **kwargs}
+        self._local_student = LocalCopy(self.student, self._compile_arguments)
         self._build_optimizers()
 
     def _build_optimizers(self) -> None:
@@ -322,7 +332,26 @@ class DPTranscriber(keras.Model):
         logs.update(self._make_learner().step())
         for name, value in logs.items():
             self._trackers[name].update_state(value)
-        return {name: self._trackers[name].result() for name in logs}
+        return self._reducible({n: self._trackers[n].result() for n in logs})
+
+    def _reducible(self, logs: dict[str, Any]) -> dict[str, Any]:
+        """Gives scalars the axis along which Keras averages over workers."""
+        if not self._has_other_workers:
+            return logs
+        return {name: tf.reshape(value, [1]) for name, value in logs.items()}
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras; each of several workers measures the whole set by itself."""
+        if not self._has_other_workers:
+            return super().evaluate(*args, **kwargs)
+        kwargs.pop("_use_cached_eval_dataset", None)
+        return self._local_student.run("evaluate", *args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras; each of several workers predicts by itself."""
+        if not self._has_other_workers:
+            return super().predict(*args, **kwargs)
+        return self._local_student.run("predict", *args, **kwargs)
 
     def get_metrics_result(self) -> dict[str, Any]:
         """The metrics of `evaluate`; those of training are `train_step`'s."""
@@ -414,7 +443,9 @@ class DPTranscriber(keras.Model):
 
         Raises:
             BudgetExceededError: not even one step fits the target. Nothing was spent.
-            ValueError: an argument is out of range. Nothing was spent.
+            ValueError: an argument is out of range, or workers differ. Nothing was
+                spent.
+            WorkerLostError: another worker ended; every step begun is in the ledger.
         """
         default_epochs, default_steps = self.schedule
         epochs = default_epochs if epochs is None else epochs
@@ -432,17 +463,18 @@ class DPTranscriber(keras.Model):
         self._target_epsilon = target_epsilon
         self._budget = self._releases_within(target_epsilon)
         self._shown_until = 0
-        self._prepare()
-        return super().fit(
-            self._steps(),
-            epochs=epochs,
-            steps_per_epoch=steps_per_epoch,
-            validation_data=validation_data,
-            callbacks=callbacks,
-            verbose=verbose,
-            initial_epoch=initial_epoch,
-            **{"shuffle": False, **kwargs},
-        )
+        with losing_no_worker(self.distribute_strategy):
+            self._prepare()
+            return super().fit(
+                self._steps(),
+                epochs=epochs,
+                steps_per_epoch=steps_per_epoch,
+                validation_data=validation_data,
+                callbacks=callbacks,
+                verbose=verbose,
+                initial_epoch=initial_epoch,
+                **{"shuffle": False, **kwargs},
+            )
 
     def _calibrate(self, target_epsilon: float | None) -> None:
         if target_epsilon is not None:
@@ -470,6 +502,19 @@ class DPTranscriber(keras.Model):
         self.compute_loss(y=labels, y_pred=logits)
         self.compute_metrics(None, labels, logits)
         self.reset_metrics()
+        if self._has_other_workers:
+            check_equal(self.distribute_strategy, self._shared_state())
+
+    def _shared_state(self) -> dict[str, bytes]:
+        """What must be the same on all workers."""
+        state = {
+            "mechanism or queries": repr((self.mechanism, self.queries)).encode(),
+            "ledger": self.ledger.to_json().encode(),
+        }
+        for name in ("noise", "student", "teacher"):
+            weights = getattr(self, name).get_weights()
+            state[name] = b"".join(np.asarray(w).tobytes() for w in weights)
+        return state
 
     def _make_learner(self) -> GradientLearner | AnswerLearner:
         if self._learner is None:
@@ -742,15 +787,22 @@ class DPTranscriber(keras.Model):
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Saves everything to a `.keras` file that is never seen half written.
 
+        With several workers all of them call it after the same step; the first one
+        alone writes.
+
         Args:
             path: ends in `.keras`. Load it with `keras.saving.load_model`.
 
         **Privacy**: holds the noise key and the teacher; keep it as secret as them.
         """
         path = pathlib.Path(path)
-        partial = path.with_name(f".partial-{path.name}")
-        self.save(partial)
-        os.replace(partial, path)
+        if is_chief(self.distribute_strategy):
+            partial = path.with_name(f".partial-{path.name}")
+            self.save(partial)
+            os.replace(partial, path)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                self.save(pathlib.Path(folder) / path.name)
 
 
 _PLAIN_ARGUMENTS = (
