@@ -28,7 +28,7 @@ class ScatteringFeatures(keras.layers.Layer):
     """
 
     def __init__(self, image_shape: Sequence[int], rank: int, **kwargs: Any) -> None:
-        super().__init__(trainable=False, **kwargs)
+        super().__init__(**{**kwargs, "trainable": False})
         height, width, channels = image_shape
         self.image_shape = (int(height), int(width), int(channels))
         self.rank = _validate.positive_int("rank", rank)
