@@ -4,6 +4,13 @@
 
 trains a teacher (once, it is cached), transcribes it under differential privacy and
 writes report.json, statement.txt, student/1 (a SavedModel), samples.png and curve.png.
+That protects single answers of the teacher. For a guarantee for the people in its
+training data:
+
+    python examples/mnist.py --epsilon=1 --unit=record --route=dp_teacher
+
+or, with teachers on disjoint shards, `--route=votes` and `--route=gradient`.
+
 Ctrl-C leaves the same files for the student so far; `--resume` goes on from there.
 """
 
@@ -14,6 +21,7 @@ import hashlib
 import logging
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,8 +37,11 @@ from absl import logging as absl_logging
 import dp_transcribe as dpt
 from dp_transcribe import _validate, reporting
 from dp_transcribe.data import DATASETS, ImageDataset, load_dataset
+from dp_transcribe.distillation import Distillation
+from dp_transcribe.distillation.features import scattering_features
 from dp_transcribe.generators.priors import default_prior
 from dp_transcribe.privacy.accounting import ACCOUNTANTS
+from dp_transcribe.shards import RidgeFit, linear_member
 from dp_transcribe.teachers import TEACHER_RECIPES, train_teacher
 
 _LOGGER = logging.getLogger(__name__)
@@ -41,6 +52,11 @@ BUILDERS: dict[str, Callable[..., dpt.DPTranscriber]] = {
     "dpsd_data": functools.partial(dpt.dpsd, protect="data"),
     "dpsd_label": functools.partial(dpt.dpsd, protect="label"),
 }
+UNITS = ("response", "record")
+# Up to which epsilon how many teachers; chosen on held-out training images.
+SHARDS = ((4.0, 1000), (float("inf"), 500))
+LEAST_IN_SHARD = 20
+FEATURES = 600
 PRIOR_DOMAINS = {"mnist": "strokes", "fashion_mnist": "clothes", "cifar10": "natural"}
 SCHEDULE = ("epochs", "steps_per_epoch")
 # What may differ between the command that is resumed and the one that resumes it.
@@ -69,7 +85,9 @@ class ExampleConfig:
     epsilon: float = 1.0
     delta: float = 1e-5
     accountant: str = "rdp"
+    unit: str = "response"
     method: str = "dpdfd"
+    route: str = "dp_teacher"
     dataset: str = "mnist"
     data_dir: str | None = None
     teacher: str | None = None
@@ -84,7 +102,9 @@ class ExampleConfig:
         _validate.positive_finite("epsilon", self.epsilon)
         _validate.fraction_open("delta", self.delta)
         _validate.one_of("accountant", self.accountant, ACCOUNTANTS)
+        _validate.one_of("unit", self.unit, UNITS)
         _validate.one_of("method", self.method, BUILDERS)
+        _validate.one_of("route", self.route, ROUTES)
         _validate.one_of("dataset", self.dataset, DATASETS)
         _validate.optional_seed("seed", self.seed)
         for name, value in self.schedule.items():
@@ -93,8 +113,13 @@ class ExampleConfig:
     @property
     def folder(self) -> Path:
         """Where the results go."""
-        default = f"output/{self.dataset}-{self.method}-epsilon{self.epsilon:g}"
+        default = f"output/{self.dataset}-{self.way}-epsilon{self.epsilon:g}"
         return Path(self.output_dir or default)
+
+    @property
+    def way(self) -> str:
+        """The method or, for unit RECORD, the route."""
+        return self.method if self.unit == "response" else self.route
 
     @property
     def schedule(self) -> dict[str, int]:
@@ -146,12 +171,17 @@ def run(config: ExampleConfig) -> dict[str, Any]:
 def begin(config: ExampleConfig) -> Transcription:
     """A new run, with the teacher given or one trained here."""
     given = dpt.load_teacher(config.teacher) if config.teacher else None
+    if given is not None and config.unit == "record" and given.statement is None:
+        mend = "Put its statement beside it (see `Teacher.save`), or leave it out."
+        expected = "a teacher with a privacy statement of unit RECORD"
+        raise _validate.invalid("teacher", config.teacher, expected, mend)
     if given is None:
         _validate.writable_dir("cache_dir", config.cache_dir)
     dataset = load_dataset(config.dataset, config.data_dir)
     started = time.monotonic()
     if given is None:
-        teacher, source = own_teacher(dataset, Path(config.cache_dir))
+        train = own_teacher if config.unit == "response" else ROUTES[config.route].train
+        teacher, source = train(config, dataset)
     else:
         teacher, source = given, str(config.teacher)
         check_teacher(teacher, dataset)
@@ -172,7 +202,7 @@ def resume(config: ExampleConfig) -> Transcription:
     transcriber, progress = reporting.load_checkpoint(config.folder)
     facts = progress["facts"]
     for name, value in dataclasses.asdict(config).items():
-        former = facts["config"][name]
+        former = facts["config"].get(name)
         if name not in FREE_ON_RESUME and value != former:
             mend = "Repeat the command that is resumed, with `--resume` added."
             raise _validate.invalid(name, value, f"{former!r}, as before", mend)
@@ -189,7 +219,8 @@ def prepared(
     **progress: Any,
 ) -> Transcription:
     """The run with what records it."""
-    can_be_saved = transcriber.teacher.model is not None
+    teacher = transcriber.teacher
+    can_be_saved = teacher.model is not None or isinstance(teacher, dpt.TeacherEnsemble)
     if not can_be_saved:
         _LOGGER.warning("Only a Keras teacher can be saved: there is no checkpoint.")
     folder = config.folder if can_be_saved else None
@@ -208,36 +239,144 @@ def check_teacher(teacher: dpt.Teacher, dataset: ImageDataset) -> None:
         raise _validate.invalid("teacher", received, expected)
 
 
-def own_teacher(dataset: ImageDataset, cache_dir: Path) -> tuple[dpt.Teacher, str]:
+def own_teacher(
+    config: ExampleConfig, dataset: ImageDataset
+) -> tuple[dpt.Teacher, str]:
     """The cached teacher of this data and recipe, or a new one; and which it is."""
     recipe = TEACHER_RECIPES[dataset.name]
-    digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]
-    path = cache_dir / "teachers" / f"{dataset.name}-{dataset.source}-{digest}.keras"
-    if path.exists():
-        try:
-            return dpt.load_teacher(path), "cached"
-        except ValueError:
-            _LOGGER.warning("The cached teacher %s is damaged: training anew.", path)
+    path = cached_path(config, dataset, recipe)
+    cached = cached_teacher(path)
+    if cached is not None:
+        return cached, "cached"
     print(f"Training a teacher on {dataset.name} ({dataset.source}), without privacy.")
     images, labels = dataset.train_images, dataset.train_labels
     model = train_teacher(
         images, labels, num_classes=dataset.num_classes, recipe=recipe, verbose="auto"
     )
+    teacher = dpt.Teacher(model)
+    keep_teacher(teacher, path)
+    return teacher, "trained"
+
+
+def private_teacher(
+    config: ExampleConfig, dataset: ImageDataset
+) -> tuple[dpt.Teacher, str]:
+    """As `own_teacher`, but trained under differential privacy.
+
+    It is kept for the same privacy target: training it again would spend again.
+    """
+    settings = Distillation()
+    facts = (config.epsilon, config.delta, config.seed, settings)
+    path = cached_path(config, dataset, facts)
+    cached = cached_teacher(path)
+    if cached is not None and cached.statement is not None:
+        return cached, "cached"
+    print(
+        f"Training a teacher on {dataset.name} ({dataset.source}) under differential "
+        f"privacy, unit RECORD, epsilon {config.epsilon:g}."
+    )
+    teacher = dpt.fit_scattering_teacher(
+        dataset.train_images,
+        dataset.train_labels,
+        num_classes=dataset.num_classes,
+        source=public_prior(config, dataset.image_shape),
+        target_epsilon=config.epsilon,
+        delta=config.delta,
+        settings=settings,
+        seed=config.seed,
+    )
+    keep_teacher(teacher, path)
+    return teacher, "trained"
+
+
+def cached_path(config: ExampleConfig, dataset: ImageDataset, recipe: Any) -> Path:
+    """Where the teacher of this data and recipe is kept."""
+    digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]
+    name = f"{dataset.name}-{dataset.source}-{digest}.keras"
+    return Path(config.cache_dir) / "teachers" / name
+
+
+def cached_teacher(path: Path) -> dpt.Teacher | None:
+    """The teacher kept there, or None."""
+    if not path.exists():
+        return None
+    try:
+        return dpt.load_teacher(path)
+    except ValueError:
+        _LOGGER.warning("The cached teacher %s is damaged: training anew.", path)
+        return None
+
+
+def keep_teacher(teacher: dpt.Teacher, path: Path) -> None:
+    """Writes a teacher, never seen half written, and its statement beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    model.save(partial)
-    os.replace(partial, path)
-    return dpt.Teacher(model), "trained"
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        teacher.save(Path(folder) / path.name)
+        for written in sorted(Path(folder).iterdir(), reverse=True):
+            os.replace(written, path.parent / written.name)
+
+
+def public_prior(config: ExampleConfig, image_shape: tuple[int, ...]) -> Any:
+    """Random images of the kind that the data set has."""
+    return default_prior(image_shape, domain=PRIOR_DOMAINS[config.dataset])
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """A way to a guarantee for the records of the private data.
+
+    Attributes:
+        train: makes the teacher and says whether it was `"trained"` or `"cached"`.
+        build: makes the transcriber of a teacher and a prior.
+    """
+
+    train: Callable[[ExampleConfig, ImageDataset], tuple[dpt.Teacher, str]]
+    build: Callable[..., dpt.DPTranscriber]
+
+
+def shard_teachers(
+    config: ExampleConfig, dataset: ImageDataset
+) -> tuple[dpt.Teacher, str]:
+    """One teacher for each of many disjoint shards, kept one by one as they are made.
+
+    Each is ridge regression on public scattering features. More teachers carry their
+    votes over more noise and know less: their number follows from epsilon, which is
+    public.
+    """
+    shards = next(k for limit, k in SHARDS if config.epsilon <= limit)
+    shards = min(shards, len(dataset.train_images) // LEAST_IN_SHARD)
+    fit = RidgeFit()
+    facts = (shards, fit, FEATURES)
+    folder = cached_path(config, dataset, facts).with_suffix("")
+    source = "cached" if folder.exists() else "trained"
+    print(f"Preparing {shards} teachers on disjoint shards of {dataset.name}.")
+    prior = public_prior(config, dataset.image_shape)
+    ensemble = dpt.train_shard_teachers(
+        functools.partial(linear_member, FEATURES, dataset.num_classes),
+        (dataset.train_images, np.asarray(dataset.train_labels)),
+        shards=shards,
+        features=scattering_features(prior, dataset.image_shape, rank=FEATURES),
+        fit=fit,
+        folder=folder,
+    )
+    return ensemble, source
+
+
+ROUTES = {
+    "dp_teacher": Route(private_teacher, dpt.transcribe_private_teacher),
+    "votes": Route(shard_teachers, dpt.pate),
+    "gradient": Route(shard_teachers, dpt.pate_gradient),
+}
 
 
 def build(config: ExampleConfig, teacher: dpt.Teacher) -> dpt.DPTranscriber:
     """The method's transcriber, with a prior that suits the kind of images."""
     if config.seed is not None:
         keras.utils.set_random_seed(config.seed % 2**32)  # of the initial weights
-    domain = PRIOR_DOMAINS[config.dataset]
-    prior = default_prior(teacher.input_shape, domain=domain)
-    print(f"Preparing {config.method}: the generator learns from public processes.")
-    builder = BUILDERS[config.method]
+    prior = public_prior(config, teacher.input_shape)
+    print(f"Preparing {config.way}: queries come from public processes.")
+    by_route = config.unit == "record"
+    builder = ROUTES[config.route].build if by_route else BUILDERS[config.method]
     return builder(teacher, prior, seed=config.seed, **config.schedule)
 
 
@@ -282,6 +421,7 @@ def write_results(folder: Path, run: Transcription, *, interrupted: bool) -> dic
         folder / "curve.png",
         recorder.history,
         teacher_accuracy=report["teacher"]["test_accuracy"],
+        unit=statement.unit,
     )
     reporting.write_json(folder / "report.json", report)
     return report
@@ -296,6 +436,7 @@ def make_report(
 ) -> dict[str, Any]:
     """What report.json holds; accuracies and agreement are fractions."""
     facts, dataset = run.recorder.facts, run.dataset
+    config = ExampleConfig(**facts["config"])
     images, labels = dataset.test_images, dataset.test_labels
     by_teacher = run.transcriber.teacher.predict(images).argmax(axis=-1)
     by_student = reporting.predict_classes(run.transcriber.student, images)
@@ -303,7 +444,8 @@ def make_report(
     return {
         "dataset": dataset.name,
         "dataset_source": dataset.source,
-        "method": facts["config"]["method"],
+        "unit": statement.unit.value,
+        "method": config.way,
         "seed": run.transcriber.seed,
         "interrupted": interrupted,
         "teacher": {
@@ -315,6 +457,7 @@ def make_report(
             "agreement": fraction(by_student == by_teacher),
         },
         "statement": statement.to_dict(),
+        "releases": run.transcriber.ledger.releases(statement.unit),
         "seconds": {
             "teacher": of_teacher,
             "transcribe": seconds,
@@ -359,19 +502,28 @@ def define_flags() -> None:
     """Declares the flags, one for each field of `ExampleConfig`."""
     default = ExampleConfig()
     flags.DEFINE_float(
-        "epsilon", default.epsilon, "Target, for an answer of the teacher."
+        "epsilon", default.epsilon, "Target, for an answer or for a record."
     )
     flags.DEFINE_float("delta", default.delta, "Target, strictly between 0 and 1.")
     flags.DEFINE_enum(
         "accountant", default.accountant, list(ACCOUNTANTS), "pld is tighter."
     )
-    flags.DEFINE_enum("method", default.method, list(BUILDERS), "Published method.")
+    flags.DEFINE_enum("unit", default.unit, list(UNITS), "What epsilon protects.")
+    flags.DEFINE_enum(
+        "method", default.method, list(BUILDERS), "Published method, unit response."
+    )
+    flags.DEFINE_enum(
+        "route", default.route, list(ROUTES), "Where unit record comes from."
+    )
     flags.DEFINE_enum("dataset", default.dataset, list(DATASETS), "Data set.")
     flags.DEFINE_string(
         "data_dir", None, "Folder in which tensorflow-datasets has prepared it."
     )
     flags.DEFINE_string(
-        "teacher", None, ".keras file or SavedModel for pixels 0..1; skips training."
+        "teacher",
+        None,
+        ".keras file or SavedModel for pixels 0..1; skips training. For unit record "
+        "its statement lies beside it.",
     )
     flags.DEFINE_string("output_dir", None, "By default output/<what is run>.")
     flags.DEFINE_integer("seed", None, "For tests; the noise is secret without it.")

@@ -1,5 +1,6 @@
 """examples/mnist.py: its files, refusals, Ctrl-C and resuming, in small sizes."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -20,6 +21,7 @@ import tensorflow_datasets as tfds
 
 import dp_transcribe as dpt
 from dp_transcribe import methods
+from dp_transcribe.distillation import Distillation, LinearTraining
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -151,7 +153,7 @@ def check_results(asked, returned):
     report = json.loads((folder / "report.json").read_text())
     assert report == json.loads(json.dumps(returned))
     assert (report["dataset"], report["dataset_source"]) == ("mnist", "tfds")
-    assert (report["method"], report["seed"]) == (asked.method, asked.seed)
+    assert (report["method"], report["seed"]) == (asked.way, asked.seed)
     assert report["interrupted"] is False
     seconds = report["seconds"]
     assert seconds["total"] == seconds["teacher"] + seconds["transcribe"] > 0
@@ -202,6 +204,42 @@ def test_other_methods_leave_all_files(config, method, mechanism, covered):
     assert ("generator" in report["statement"]["covered"]) is covered
 
 
+@pytest.fixture
+def small_teacher(monkeypatch):
+    """Private teachers of few steps and few public images."""
+    settings = Distillation(
+        training=LinearTraining(steps=3, accountant="rdp"),
+        public_images=250,
+        damping_rank=20,
+    )
+    monkeypatch.setattr(example, "Distillation", lambda: settings)
+
+
+def test_a_private_teacher_gives_a_guarantee_for_people(config, small_teacher):
+    asked = config(unit="record", teacher=None, epsilon=3.0)
+    report = example.run(asked)
+    check_results(asked, report)
+    statement = report["statement"]
+    assert (report["unit"], statement["unit"]) == ("RECORD", "RECORD")
+    assert 2.5 < statement["epsilon"] <= 3.0
+    assert {"teacher", "student", "generator"} <= set(statement["covered"])
+    text = example.summary(report, asked.folder)
+    assert "unit RECORD" in text and "Inherited from the teacher" in (
+        " ".join((asked.folder / "statement.txt").read_text().split())
+    )
+    data = example.load_dataset("mnist", asked.data_dir)
+    kept, source = example.private_teacher(asked, data)
+    assert source == "cached", "training it again would spend again"
+    assert kept.statement.epsilon == statement["epsilon"]
+    other = dataclasses.replace(asked, epsilon=2.0)
+    assert example.private_teacher(other, data)[1] == "trained"
+
+
+def test_a_teacher_without_a_statement_gives_none(config, nothing_starts):
+    with pytest.raises(example.RefusedError, match="statement"):
+        example.run(config(unit="record"))
+
+
 def test_reported_figures_are_those_of_the_exported_student(finished, teacher_file):
     asked, report = finished
     data = example.load_dataset("mnist", asked.data_dir)
@@ -245,6 +283,8 @@ def test_summary_says_what_is_not_protected_and_what_to_release(finished):
         ({"delta": 1.0}, "delta"),
         ({"accountant": "abacus"}, "accountant"),
         ({"method": "magic"}, "method"),
+        ({"unit": "person"}, "unit"),
+        ({"route": "detour"}, "route"),
         ({"dataset": "imagenet"}, "dataset"),
         ({"epochs": 0}, "epochs"),
         ({"steps_per_epoch": -1}, "steps_per_epoch"),
@@ -304,18 +344,18 @@ def test_the_teacher_is_trained_once(config, monkeypatch):
     monkeypatch.setitem(example.TEACHER_RECIPES, "mnist", tiny)
     asked = config(teacher=None)
     data = example.load_dataset("mnist", asked.data_dir)
-    first, source = example.own_teacher(data, Path(asked.cache_dir))
+    first, source = example.own_teacher(asked, data)
     assert source == "trained"
-    second, source = example.own_teacher(data, Path(asked.cache_dir))
+    second, source = example.own_teacher(asked, data)
     assert source == "cached"
     images = data.test_images[:5]
     np.testing.assert_allclose(first.predict(images), second.predict(images), atol=1e-6)
     (kept,) = (Path(asked.cache_dir) / "teachers").iterdir()
     kept.write_bytes(b"damaged")
-    assert example.own_teacher(data, Path(asked.cache_dir))[1] == "trained"
+    assert example.own_teacher(asked, data)[1] == "trained"
     bigger = type(recipe)(filters=(4,), units=9, epochs=1, min_steps=1)
     monkeypatch.setitem(example.TEACHER_RECIPES, "mnist", bigger)
-    assert example.own_teacher(data, Path(asked.cache_dir))[1] == "trained"
+    assert example.own_teacher(asked, data)[1] == "trained"
 
 
 def test_resuming_needs_a_checkpoint(config):
