@@ -1,0 +1,156 @@
+"""examples/distill.py and examples/tabular.py: files, routes and refusals."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import flags
+
+from dp_transcribe.data import ImageDataset
+from dp_transcribe.distillation import DistilledDataset
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+IMAGE_FILES = {
+    "report.json", "statement.txt", "statement.json", "distilled.npz", "images.png",
+}  # fmt: skip
+TABLE_FILES = (IMAGE_FILES - {"images.png"}) | {"aucs.png"}
+
+
+def load(name):
+    path = EXAMPLES / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_example", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+example = load("distill")
+table = load("tabular")
+
+
+def bars(count, seed):
+    """Noisy horizontal (class 0) and vertical (class 1) bars."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, count).astype(np.int32)
+    wave = 0.5 + 0.4 * np.sin(np.arange(8) * 2.0 + rng.uniform(0, 6, (count, 1)))
+    images = np.repeat(wave[:, :, None], 8, axis=2)
+    images[labels == 1] = images[labels == 1].transpose(0, 2, 1)
+    images += rng.uniform(-0.1, 0.1, images.shape)
+    return images[..., None].astype(np.float32), labels
+
+
+DATASET = ImageDataset("mnist", *bars(600, 1), *bars(100, 2), 2, "made")
+
+
+@pytest.fixture
+def configure(monkeypatch, tmp_path):
+    """Sets the flags of an example, which then writes to the test's folder."""
+    monkeypatch.setattr(example, "load_dataset", lambda *_: DATASET)
+
+    def call(module, *arguments):
+        values = flags.FlagValues()
+        module.define_flags(values)
+        values(["example", f"--output_dir={tmp_path / 'out'}", *arguments])
+        monkeypatch.setattr(module, "FLAGS", values)
+
+    return call
+
+
+@pytest.fixture
+def run(configure):
+    """Runs an example with flags; returns its report."""
+
+    def call(module, *arguments):
+        configure(module, *arguments)
+        return module.run()
+
+    return call
+
+
+DPKIP = ("--route=dpkip", "--kernel=rbf", "--steps=2", "--convnet_epochs=0")
+
+
+def test_report_and_files(run, tmp_path):
+    report = run(example, *DPKIP, "--images_per_class=2", "--seed=1")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == IMAGE_FILES
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+    assert report["route"] == "dpkip" and report["images_per_class"] == 2
+    assert report["measured_on"] == "test"
+    assert 0.0 <= report["accuracy"]["krr"] <= 1.0
+    assert report["statement"]["unit"] == "RECORD"
+    assert 0.0 < report["statement"]["epsilon"] <= 1.0
+    assert set(report["seconds"]) == {"features", "distillation", "krr"}
+    assert len(DistilledDataset.load(tmp_path / "out")) == 4
+
+
+def test_validation_reads_no_test_image(run, monkeypatch):
+    seen = {}
+    monkeypatch.setitem(
+        example.BY_ROUTE,
+        "dpkip",
+        lambda dataset, *_: seen.update(dataset=dataset) or sys.exit("seen"),
+    )
+    with pytest.raises(SystemExit, match="seen"):
+        run(example, *DPKIP, "--validate")
+    held = seen["dataset"]
+    assert len(held.train_images) == 480 and len(held.test_images) == 120
+    np.testing.assert_array_equal(held.test_images, DATASET.train_images[480:])
+    np.testing.assert_array_equal(held.test_labels, DATASET.train_labels[480:])
+
+
+def test_the_linear_route_takes_the_settings_of_the_flags(run, monkeypatch):
+    asked = {}
+
+    def distill(*_, settings, features, **__):
+        asked.update(settings=settings, features=features)
+        raise ValueError("stop")
+
+    monkeypatch.setattr(example, "distill", distill)
+    monkeypatch.setattr(example, "embed_in_batches", lambda _, x: x.reshape(len(x), -1))
+    with pytest.raises(ValueError, match="stop"):
+        run(
+            example, "--steps=7", "--learning_rate=3", "--l2_norm=0.5",
+            "--damping_rank=9", "--images_per_class=4", "--synthesis_steps=5",
+        )  # fmt: skip
+    plan = asked["settings"]
+    assert (plan.training.steps, plan.training.learning_rate) == (7, 3.0)
+    assert (plan.training.l2_norm, plan.damping_rank) == (0.5, 9)
+    assert (plan.synthesis.images_per_class, plan.synthesis.steps) == (4, 5)
+    assert len(asked["features"]) == 600
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (("--epsilon=0",), "epsilon"),
+        (("--delta=1",), "delta"),
+        (("--kernel=rbf",), "kernel"),
+        ((*DPKIP, "--bounded=features"), "bounded"),
+        ((*DPKIP, "--sampling=2"), "sampling_probability"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(run, arguments, name):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        run(example, *arguments)
+
+
+def test_a_refusal_is_one_line(configure):
+    configure(example, "--epsilon=-1")
+    with pytest.raises(SystemExit, match="epsilon") as stopped:
+        example.main(["distill"])
+    assert "\n" not in str(stopped.value)
+
+
+def test_table_report_and_files(run, tmp_path):
+    report = run(table, "--epsilon=20", "--delta=1e-4", "--steps=20", "--seed=1")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == TABLE_FILES
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+    assert report["rows"] == {"real": 426, "distilled": 10}
+    assert report["statement"]["unit"] == "RECORD"
+    assert set(report["real"]) == set(report["distilled"])
+    assert report["distilled"]["logistic regression"]["roc_auc"] > 0.9
+    assert report["real"]["logistic regression"]["pr_auc"] > 0.95
