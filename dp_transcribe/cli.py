@@ -182,8 +182,8 @@ def released_by(student: Path) -> tuple[Mechanism, Queries]:
     expected = "a student with a statement of its mechanism and queries, unit RESPONSE"
     kind = getattr(mechanisms, statement.mechanism, None)
     details = statement.details
-    known = kind is not None and {"mechanism", "queries"} <= details.keys()
-    if statement.unit is not Unit.RESPONSE or not known:
+    known = {"mechanism", "queries"} <= details.keys()
+    if statement.unit is not Unit.RESPONSE or kind is None or not known:
         mend = "Transcribe again with this version, or audit a `--method`."
         raise _validate.invalid("student", str(student), expected, mend)
     pooled = "updates" in details["queries"]

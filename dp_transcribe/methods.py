@@ -224,7 +224,7 @@ def transcribe_private_teacher(
         ValueError: the teacher has no statement.
     """
     teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
-    check_inheritable(teacher.statement, "teacher.statement")
+    statement = check_inheritable(teacher.statement, "teacher.statement")
     if student is None:
         student = lenet_student(
             teacher.input_shape,
@@ -238,7 +238,7 @@ def transcribe_private_teacher(
         prior,
         student,
         generator or prior,
-        Inherited(teacher.statement, temperature),
+        Inherited(statement, temperature),
         schedule=(epochs, steps_per_epoch),
         batch_size=256,
         learning_rate=2e-3,

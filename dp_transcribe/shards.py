@@ -225,10 +225,8 @@ def _forget_steps(optimizer: keras.optimizers.Optimizer) -> None:
 
 def _as_arrays(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(dataset, tf.data.Dataset):
-        inputs, labels = zip(*dataset.as_numpy_iterator(), strict=True)
-    else:
-        inputs, labels = dataset
-    inputs, labels = np.asarray(inputs), np.asarray(labels)
+        dataset = zip(*dataset.as_numpy_iterator(), strict=True)
+    inputs, labels = (np.asarray(part) for part in dataset)
     fits = labels.shape == (len(inputs),) and np.issubdtype(labels.dtype, np.integer)
     if not fits:
         received = (inputs.shape, labels.shape, labels.dtype)

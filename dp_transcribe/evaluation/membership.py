@@ -181,7 +181,7 @@ def offline_lira(answers: Answers, shadows: Sequence[Answers]) -> MembershipResu
     if len(shadows) < 2:
         raise _validate.invalid("shadows", len(shadows), "two shadow models or more")
 
-    def scores(rows: str, labels: str) -> np.ndarray:
+    def scores(rows: str, labels: str) -> tuple[np.ndarray, np.ndarray]:
         seen = _confidences(getattr(answers, rows), getattr(answers, labels))
         unseen = np.stack(
             [_confidences(getattr(s, rows), getattr(s, labels)) for s in shadows]

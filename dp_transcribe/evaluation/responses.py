@@ -139,9 +139,9 @@ class _AuditedRun(keras.callbacks.Callback):
         seed: int | None,
     ) -> None:
         super().__init__()
-        pooled = isinstance(queries, QueryPool)
-        self.size = queries.size if pooled else queries.batch_size
-        self.steps_per_round = queries.updates if pooled else 1
+        self.size, self.steps_per_round = queries.batch_size, 1
+        if isinstance(queries, QueryPool):
+            self.size, self.steps_per_round = queries.size, queries.updates
         self.rounds = -(-canaries // self.size)
         self.by_answers = isinstance(mechanism, AnswerMechanism)
         self.replaces = mechanism.relation is Relation.REPLACE_ONE
