@@ -40,7 +40,7 @@ REPLAY_SIZE = 2**19
 # Candidates chosen by a student that knows little leave the truth out: the first 60 %
 # of the queries are answered among all classes, and its prediction is smoothed then.
 UNIFORM_SHARE = 0.6
-SMOOTHING = 0.5
+SMOOTHING, NOISY_SMOOTHING = 0.5, 0.3
 # Images drawn for each query that is answered by itself; the student picks.
 CANDIDATES = 3
 
@@ -174,7 +174,7 @@ def dpsd(
         arXiv:2601.19090.
     """
     mechanisms: dict[str, Mechanism] = {
-        "data": NoisyAnswer(),
+        "data": NoisyAnswer(smoothing=NOISY_SMOOTHING),
         "label": SelectiveRandomizedResponse(smoothing=SMOOTHING),
     }
     return _by_answers(

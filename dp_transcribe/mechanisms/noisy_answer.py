@@ -32,6 +32,10 @@ class NoisyAnswer(AnswerMechanism):
         noise_multiplier: σ; None lets `fit` compute it from `target_epsilon`.
         l2_norm: the bound C of an answer; only σ matters for what is learnt.
         top_k: number of classes kept, by the student's prediction; None is all.
+        smoothing: chooses k for every query instead, so that the candidates' directions
+            lie far apart and the truth is likely among them: argmax_k k/(k-1) times
+            the prior's mass on its top k. This share of the uniform distribution is
+            mixed into the prior, since a student in training is surer than it is right.
 
     **Privacy**: unit `RESPONSE`, zero-out: an answer moves the release by at most C.
     One Gaussian event per answer, which is memoised and never asked again.
@@ -43,6 +47,7 @@ class NoisyAnswer(AnswerMechanism):
     noise_multiplier: float | None = None
     l2_norm: float = 1.0
     top_k: int | None = None
+    smoothing: float | None = None
 
     def __post_init__(self) -> None:
         """Checks the parameters."""
@@ -51,6 +56,11 @@ class NoisyAnswer(AnswerMechanism):
             _validate.non_negative("noise_multiplier", self.noise_multiplier)
         if self.top_k is not None:
             _validate.in_range("top_k", self.top_k, 2, 10**6)
+        if self.smoothing is not None:
+            _validate.probability("smoothing", self.smoothing)
+            if self.top_k is not None:
+                expected = "None when `top_k` is given"
+                raise _validate.invalid("smoothing", self.smoothing, expected)
 
     @property
     def sensitivity(self) -> float:
@@ -85,12 +95,22 @@ class NoisyAnswer(AnswerMechanism):
         self, answers: tf.Tensor, prior: tf.Tensor, seed: tf.Tensor
     ) -> Released:
         """Noisy directions of the answers, zero outside of the candidates."""
-        keep = top_candidates(prior, self.top_k)
+        keep = top_candidates(prior, self._number_of_candidates(prior))
         count = tf.reduce_sum(keep, -1, keepdims=True)
         mean = tf.reduce_sum(answers * keep, -1, keepdims=True) / count
         bounded = normalized_rows((answers - mean) * keep) * self.l2_norm
         noise = tf.random.stateless_normal(tf.shape(answers), seed)
         return Released(bounded + noise * (self._stddev * keep), keep)
+
+    def _number_of_candidates(self, prior: tf.Tensor) -> tf.Tensor | int | None:
+        """k of every query, `[batch]`, or of all."""
+        if self.smoothing is None:
+            return self.top_k
+        classes = prior.shape[-1]
+        prior = (1.0 - self.smoothing) * prior + self.smoothing / classes
+        mass = tf.cumsum(tf.sort(prior, direction="DESCENDING"), axis=-1)[:, 1:]
+        k = tf.range(2, classes + 1, dtype=tf.float32)
+        return tf.argmax(mass * k / (k - 1.0), -1) + 2
 
     def log_likelihood(self, released: Released) -> tf.Tensor:
         """Gaussian likelihood of the direction of each class.

@@ -156,3 +156,19 @@ def test_parameters_out_of_range_are_refused(argument, value):
 def test_k_above_the_number_of_classes_is_refused():
     with pytest.raises(ValueError, match="`top_k`"):
         NoisyAnswer(top_k=CLASSES + 1).check(CLASSES)
+
+
+def test_candidates_are_two_where_the_prior_is_sure_and_all_where_it_is_not():
+    mechanism = NoisyAnswer(noise_multiplier=1.0, smoothing=0.3)
+    sure = np.full(10, 0.002)
+    sure[[3, 7]] = 0.7, 0.284
+    prior = tf.constant(np.stack([np.full(10, 0.1), sure]), tf.float32)
+    answers = tf.one_hot([1, 7], 10)
+    released = mechanism.release(answers, prior, tf.constant([1, 2], tf.int64))
+    np.testing.assert_array_equal(released.candidates[0], np.ones(10))
+    np.testing.assert_array_equal(np.flatnonzero(released.candidates[1]), [3, 7])
+
+
+def test_k_is_fixed_or_chosen_but_not_both():
+    with pytest.raises(ValueError, match="argument `smoothing`"):
+        NoisyAnswer(top_k=3, smoothing=0.3)
