@@ -103,7 +103,7 @@ class NoisyAnswer(AnswerMechanism):
         return Released(bounded + noise * (self._stddev * keep), keep)
 
     def _number_of_candidates(self, prior: tf.Tensor) -> tf.Tensor | int | None:
-        """k of every query, `[batch]`, or of all."""
+        """How many classes every query keeps, `[batch]` or one number for all."""
         if self.smoothing is None:
             return self.top_k
         classes = prior.shape[-1]
