@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import tensorflow as tf
 
 from dp_transcribe.mechanisms.base import (
@@ -225,11 +226,20 @@ class AnswerLearner(Learner):
         """The replay of all replicas as arrays, for a checkpoint.
 
         With several workers all of them call it at once.
+
+        Returns:
+            Codes and released answers, `[replicas, filled, ...]`, and the number of
+            queries written, `[replicas]`.
         """
         strategy = self.owner.distribute_strategy
+        *rows, written = self._replay_parts()
+        filled = self.replay.filled(int(written[0].numpy()))
         return [
-            gather_parts(strategy, [part.numpy() for part in parts])
-            for parts in self._replay_parts()
+            *(
+                gather_parts(strategy, [part[:filled].numpy() for part in parts])
+                for parts in rows
+            ),
+            gather_parts(strategy, [part.numpy() for part in written]),
         ]
 
     def set_replay(self, values: list[Any]) -> None:
@@ -239,15 +249,19 @@ class AnswerLearner(Learner):
             ValueError: the replay was saved for other sizes or numbers of replicas.
         """
         own = own_replicas(self.owner.distribute_strategy)
-        for parts, value in zip(self._replay_parts(), values, strict=True):
-            wanted = (self.replicas, *parts[0].shape)
+        *rows, written = self._replay_parts()
+        filled = self.replay.filled(int(np.max(values[-1])))
+        for parts, value in zip(rows, values[:-1], strict=True):
+            wanted = (self.replicas, filled, *parts[0].shape[1:])
             if value.shape != wanted:
                 raise ValueError(
                     f"The checkpoint's replay has shape {value.shape}, expected "
                     f"{wanted}. Load it with the same `replay_size` and replicas."
                 )
             for part, replica in zip(parts, own, strict=True):
-                part.assign(value[replica])
+                part[:filled].assign(value[replica])
+        for part, replica in zip(written, own, strict=True):
+            part.assign(values[-1][replica])
 
     def _replay_parts(self) -> list[tuple[tf.Variable, ...]]:
         """The replay's variables, for each the copies in this process."""

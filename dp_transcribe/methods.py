@@ -76,10 +76,10 @@ def dpdfd(
         iterates are this library's.
     """
     updates = 5
-    pool = QueryPool(size=500_000, batch_size=2048, updates=750)
-    rate = keras.optimizers.schedules.CosineDecay(
-        2.0, epochs * steps_per_epoch * updates, alpha=0.05
-    )
+    total = epochs * steps_per_epoch * updates
+    # Two pools: the second is asked with the generator as it then is.
+    pool = QueryPool(size=500_000, batch_size=2048, updates=max(750, -(-total // 2)))
+    rate = keras.optimizers.schedules.CosineDecay(1.0, total, alpha=0.05)
     return _transcriber(
         teacher,
         prior,

@@ -341,6 +341,10 @@ class Replay:
         codes, released = local_part(self.codes), local_part(self.released)
         return tf.gather(codes, rows), tf.gather(released, rows)
 
+    def filled(self, written: int) -> int:
+        """How many queries are kept after so many were written."""
+        return min(written, self.size)
+
     def variables(self) -> list[Any]:
         """What a checkpoint keeps; all of it was released."""
         return [self.codes, self.released, self.written]

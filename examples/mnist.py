@@ -42,6 +42,7 @@ from dp_transcribe.distillation.features import scattering_features
 from dp_transcribe.generators.priors import default_prior
 from dp_transcribe.privacy.accounting import ACCOUNTANTS
 from dp_transcribe.shards import RidgeFit, linear_member
+from dp_transcribe.students import lenet_student
 from dp_transcribe.teachers import TEACHER_RECIPES, train_teacher
 
 _LOGGER = logging.getLogger(__name__)
@@ -58,6 +59,10 @@ SHARDS = ((4.0, 1000), (float("inf"), 500))
 LEAST_IN_SHARD = 20
 FEATURES = 600
 PRIOR_DOMAINS = {"mnist": "strokes", "fashion_mnist": "clothes", "cifar10": "natural"}
+# Classes that differ by detail need a wider student than the default one.
+STUDENTS: dict[str, dict[str, Any]] = {
+    "fashion_mnist": {"filters": (32, 64), "units": 64}
+}
 SCHEDULE = ("epochs", "steps_per_epoch")
 # What may differ between the command that is resumed and the one that resumes it.
 FREE_ON_RESUME = {"resume", "data_dir", "output_dir", "cache_dir", "epochs"}
@@ -375,9 +380,12 @@ def build(config: ExampleConfig, teacher: dpt.Teacher) -> dpt.DPTranscriber:
         keras.utils.set_random_seed(config.seed % 2**32)  # of the initial weights
     prior = public_prior(config, teacher.input_shape)
     print(f"Preparing {config.way}: queries come from public processes.")
-    by_route = config.unit == "record"
-    builder = ROUTES[config.route].build if by_route else BUILDERS[config.method]
-    return builder(teacher, prior, seed=config.seed, **config.schedule)
+    settings: dict[str, Any] = {"seed": config.seed, **config.schedule}
+    if config.unit == "record":
+        return ROUTES[config.route].build(teacher, prior, **settings)
+    width = STUDENTS.get(config.dataset, {})
+    student = lenet_student(teacher.input_shape, teacher.num_classes, **width)
+    return BUILDERS[config.method](teacher, prior, student=student, **settings)
 
 
 def transcribe(run: Transcription) -> bool:
