@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, cast
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -325,14 +326,26 @@ class AnswerLearner(Learner):
         codes, rows = self.replay.sample(self.batch_size // self.replicas, seed)
         released = Released(rows[:, 0], rows[:, 1])
         queries = dequantize(codes, self.output_range)
+        loss = self._learn(owner.student, owner.student_optimizer, queries, released)
+        if owner.second_student is not None:
+            self._learn(owner.second_student, owner.second_optimizer, queries, released)
+        return loss
+
+    def _learn(
+        self,
+        student: keras.Model,
+        optimizer: keras.optimizers.Optimizer,
+        queries: tf.Tensor,
+        released: Released,
+    ) -> tf.Tensor:
         with tf.GradientTape() as tape:
-            logits = tf.cast(owner.student(queries, training=True), tf.float32)
+            logits = tf.cast(student(queries, training=True), tf.float32)
             logits += self.log_frequencies
             loss = tf.reduce_mean(self.mechanism.loss(released, logits))
-        variables = owner.student.trainable_variables
+        variables = student.trainable_variables
         gradients = tape.gradient(loss, variables)
         scale = 1.0 / self.replicas
-        owner.student_optimizer.apply([g * scale for g in gradients], variables)
+        optimizer.apply([g * scale for g in gradients], variables)
         return loss
 
 

@@ -79,6 +79,9 @@ class DPTranscriber(keras.Model):
         generator: a procedural or trainable generator of queries.
         mechanism: what is released of the teacher's answers.
         queries: `FreshQueries` or, for weight gradients, `QueryPool`.
+        second_student: a student of other initial weights, which learns from the same
+            private answers at no further cost. With `objective.student_disagreement`
+            the generator looks for images on which the two differ (DisGUIDE).
         public_prior: a procedural generator that makes part of the queries when
             `generator` is trainable.
         public_share: that part, between 0 and 1.
@@ -126,6 +129,7 @@ class DPTranscriber(keras.Model):
         *,
         mechanism: Mechanism,
         queries: Queries | None = None,
+        second_student: keras.Model | None = None,
         public_prior: Any = None,
         public_share: float = 0.8,
         objective: GeneratorObjective | None = None,
@@ -145,6 +149,7 @@ class DPTranscriber(keras.Model):
         super().__init__(**kwargs)
         self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
         self.student = student
+        self.second_student = second_student
         self.generator = generator
         self._mechanism = _validate.instance_of("mechanism", mechanism, Mechanism)
         self._queries = queries if queries is not None else FreshQueries()
@@ -250,8 +255,10 @@ class DPTranscriber(keras.Model):
         self.mechanism.check(self.teacher.num_classes)
         self.mechanism.check_teacher(self.teacher)
         _check_guidance(self.mechanism, self.generator_covered)
+        if self.second_student is not None:
+            _check_second_student(self)
         if self.trains_generator:
-            _check_objective(self.objective, self.mechanism)
+            _check_objective(self.objective, self.mechanism, self.second_student)
         for name in ("generator", "public_prior"):
             _check_source(name, getattr(self, name), self.teacher)
         _check_queries(self.queries, self.mechanism, self._num_replicas)
@@ -299,6 +306,10 @@ class DPTranscriber(keras.Model):
 
     def _build_optimizers(self) -> None:
         self.optimizer.build(self.student.trainable_variables)
+        if self.second_student is not None:
+            alike = keras.saving.serialize_keras_object(self.optimizer)
+            self.second_optimizer = keras.saving.deserialize_keras_object(alike)
+            self.second_optimizer.build(self.second_student.trainable_variables)
         if isinstance(self.generator, keras.Model):
             self.generator_optimizer.build(self.generator.trainable_variables)
 
@@ -372,7 +383,12 @@ class DPTranscriber(keras.Model):
         with tf.GradientTape() as tape:
             images = self.generator(*inputs)
             logits = self.student(images, training=False)
-            loss = self.objective(logits, **self._read_teacher(images))
+            second = None
+            if self.second_student is not None:
+                second = self.second_student(images, training=False)
+            loss = self.objective(
+                logits, second_logits=second, **self._read_teacher(images)
+            )
         gradients = tape.gradient(loss, variables)
         scale = 1.0 / self._num_replicas
         self.generator_optimizer.apply([g * scale for g in gradients], variables)
@@ -720,7 +736,7 @@ class DPTranscriber(keras.Model):
         """
         serialize = keras.saving.serialize_keras_object
         config = {name: getattr(self, name) for name in _PLAIN_ARGUMENTS}
-        for name in ("student", "generator", "public_prior"):
+        for name in _SERIALIZED:
             config[name] = serialize(getattr(self, name))
         for name in ("mechanism", "queries", "objective"):
             value = getattr(self, name)
@@ -732,7 +748,7 @@ class DPTranscriber(keras.Model):
     def from_config(cls, config: dict[str, Any]) -> DPTranscriber:
         """Makes the transcriber that `get_config` described."""
         config = dict(config)
-        for name in ("student", "generator", "public_prior"):
+        for name in _SERIALIZED:
             config[name] = keras.saving.deserialize_keras_object(config[name])
         for name in ("mechanism", "queries", "objective"):
             entry = config[name]
@@ -805,6 +821,7 @@ class DPTranscriber(keras.Model):
                 self.save(pathlib.Path(folder) / path.name)
 
 
+_SERIALIZED = ("student", "second_student", "generator", "public_prior")
 _PLAIN_ARGUMENTS = (
     "public_share",
     "student_updates",
@@ -896,12 +913,32 @@ def _check_guidance(mechanism: Mechanism, generator_covered: bool) -> None:
         raise _validate.invalid("generator_covered", generator_covered, expected, mend)
 
 
-def _check_objective(objective: GeneratorObjective, mechanism: Mechanism) -> None:
-    """Refuses terms that need more than the student's logits.
+def _check_second_student(model: DPTranscriber) -> None:
+    """Refuses a second student that cannot learn beside the first."""
+    second = cast(keras.Model, model.second_student)
+    if not isinstance(model.mechanism, AnswerMechanism):
+        mend = "The noise of a gradient is for one student."
+        expected = f"None with {model.mechanism.name}, which releases no answers"
+        raise _validate.invalid("second_student", second, expected, mend)
+    own = {id(variable) for variable in model.student.variables}
+    if any(id(variable) in own for variable in second.variables):
+        expected = "a student that shares no weights with the first"
+        raise _validate.invalid("second_student", second, expected)
+    check_student(second, model.teacher)
+
+
+def _check_objective(
+    objective: GeneratorObjective,
+    mechanism: Mechanism,
+    second_student: keras.Model | None,
+) -> None:
+    """Refuses terms that need more than the students' logits.
 
     A teacher that is itself private may be read, too.
     """
-    refused = ["activation", "student_disagreement", "batch_norm_statistics"]
+    refused = ["activation", "batch_norm_statistics"]
+    if second_student is None:
+        refused.append("student_disagreement")
     if not isinstance(mechanism, Inherited):
         refused.append("adversarial")
     for name in refused:
