@@ -322,8 +322,8 @@ def test_the_prior_is_the_student_and_not_the_teacher():
 def test_the_replay_of_another_size_is_refused():
     small = tiny.transcriber(NoisyAnswer(noise_multiplier=1.0), replay_size=64)
     large = tiny.transcriber(NoisyAnswer(noise_multiplier=1.0), replay_size=128)
-    for model in (small, large):
-        model._prepare()
+    tiny.fit(small, 5)  # 80 queries: the oldest of 64 are overwritten
+    large._prepare()
     with pytest.raises(ValueError, match="replay_size"):
         large._learner.set_replay(small._learner.get_replay())
 
