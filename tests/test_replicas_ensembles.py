@@ -37,11 +37,12 @@ def ensemble(flipped=False):
     return TeacherEnsemble(tiny.linear_model(), weights)
 
 
-def moved(replicas, mechanism, teacher):
-    strategy = tf.distribute.get_strategy()
-    if replicas > 1:
-        strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    with strategy.scope():
+# One for all: a second one would number its collective operations as the first did.
+mirrored = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
+def moved(mechanism, teacher):
+    with mirrored.scope():
         model = tiny.transcriber(
             mechanism, teacher=teacher, generator=tiny.UniformPixels(tiny.IMAGE),
             eager=False, replay_size=64,
@@ -60,11 +61,11 @@ for space in ("logits", "weights"):
     parts = []
     for flipped in (False, True):
         random = np.random.default_rng(0)
-        parts.append(moved(2, what, ensemble(flipped)))
+        parts.append(moved(what, ensemble(flipped)))
     results[space] = {"bound": bound, "one": parts[0], "other": parts[1]}
 random = np.random.default_rng(0)
 votes = NoisyVotes(num_teachers=4, noise_multiplier=5.0)
-results["votes"] = moved(2, votes, ensemble())
+results["votes"] = moved(votes, ensemble())
 print(json.dumps(results))
 """
 
