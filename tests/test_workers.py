@@ -170,14 +170,16 @@ def start(index, ports, folder):
         "PYTHONPATH": str(ROOT),
         "CUDA_VISIBLE_DEVICES": "",
     }
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(folder), str(index)],
-        env=environment,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    # Into files: a full pipe would stop one worker while the other is waited for.
+    with (folder / f"out{index}").open("w") as out:
+        with (folder / f"errors{index}").open("w") as errors:
+            return subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, str(folder), str(index)],
+                env=environment,
+                cwd=ROOT,
+                stdout=out,
+                stderr=errors,
+            )
 
 
 @pytest.fixture(scope="module")
@@ -191,13 +193,15 @@ def workers(folder):
     ports = free_ports(2)
     processes = [start(index, ports, folder) for index in range(2)]
     try:
-        outputs = [process.communicate(timeout=1800) for process in processes]
+        for process in processes:
+            process.wait(timeout=600)
     finally:
         for process in processes:
             process.kill()
-    errors = "\n".join(error[-3000:] for _, error in outputs)
-    assert all(output.strip() for output, _ in outputs), errors
-    found = [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+    outputs = [(folder / f"out{index}").read_text() for index in range(2)]
+    errors = [(folder / f"errors{index}").read_text()[-3000:] for index in range(2)]
+    assert all(output.strip() for output in outputs), "\n".join(errors)
+    found = [json.loads(output.splitlines()[-1]) for output in outputs]
     return found, [process.returncode for process in processes]
 
 
@@ -236,7 +240,7 @@ def test_two_workers_move_the_student_as_one_process_does(workers, what):
 
 
 def test_the_first_worker_alone_writes_and_each_finds_its_replay(workers, folder):
-    assert [path.name for path in folder.iterdir()] == ["m.keras"]
+    assert [path.name for path in folder.glob("*.keras")] == ["m.keras"]
     for found in workers[0]:
         assert found["loaded rows"] == found["answers"]["rows"]
         assert found["resumed as uninterrupted"]
