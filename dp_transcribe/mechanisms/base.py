@@ -423,7 +423,7 @@ def calibrated_gaussian(
     found = noise_multiplier_for(
         target_epsilon,
         delta,
-        lambda multiplier: schedule(gaussian_event(multiplier)),
+        lambda m: schedule(dataclasses.replace(mechanism, noise_multiplier=m).event()),
         mechanism.relation,
         accountant,
     )

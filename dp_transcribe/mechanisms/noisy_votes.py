@@ -14,12 +14,12 @@ from dp_transcribe import _validate
 from dp_transcribe.mechanisms.base import (
     AnswerMechanism,
     Released,
+    calibrated_gaussian,
     gaussian_event,
     gaussian_stddev,
 )
 from dp_transcribe.mechanisms.candidates import top_candidates
 from dp_transcribe.mechanisms.noise import ANSWERS, NoiseSource
-from dp_transcribe.privacy.calibration import noise_multiplier_for
 from dp_transcribe.privacy.events import Event
 from dp_transcribe.privacy.ledger import Ledger, Spend
 from dp_transcribe.privacy.units import Relation, Unit
@@ -119,9 +119,10 @@ class NoisyVotes(AnswerMechanism):
 
     def event(self) -> Event:
         """Of one query: the votes' Gaussian and, with a threshold, the check's."""
-        return _query_event(
-            self.noise_multiplier, self.threshold is not None, self.threshold_ratio
-        )
+        votes = gaussian_event(self.noise_multiplier)
+        if self.threshold is None:
+            return votes
+        return dp_accounting.ComposedDpEvent([self.threshold_event, votes])
 
     @property
     def threshold_event(self) -> Event:
@@ -138,15 +139,7 @@ class NoisyVotes(AnswerMechanism):
         accountant: str = "rdp",
     ) -> NoisyVotes:
         """A copy with the least noise multiplier that keeps the target."""
-        checked, ratio = self.threshold is not None, self.threshold_ratio
-        found = noise_multiplier_for(
-            target_epsilon,
-            delta,
-            lambda multiplier: schedule(_query_event(multiplier, checked, ratio)),
-            self.relation,
-            accountant,
-        )
-        return dataclasses.replace(self, noise_multiplier=found)
+        return calibrated_gaussian(self, target_epsilon, delta, schedule, accountant)
 
     def check(self, num_classes: int) -> None:
         """Refuses a `top_k` above the number of classes."""
@@ -264,13 +257,6 @@ def _spend(mechanism: NoisyVotes, event: Event, part: str) -> Spend:
         event=event,
         mechanism=f"{mechanism.name} ({part})",
     )
-
-
-def _query_event(multiplier: float | None, checked: bool, ratio: float) -> Event:
-    votes = gaussian_event(multiplier)
-    if not checked or multiplier is None:
-        return votes
-    return dp_accounting.ComposedDpEvent([gaussian_event(multiplier * ratio), votes])
 
 
 def _above(value: float) -> float:
