@@ -10,7 +10,8 @@ import numpy as np
 
 from dp_transcribe import _validate
 from dp_transcribe.evaluation.bounds import epsilon_lower_bound, gaussian_lower_bound
-from dp_transcribe.privacy.statement import PrivacyStatement
+from dp_transcribe.privacy.ledger import Ledger
+from dp_transcribe.privacy.statement import statement_from_ledger
 from dp_transcribe.privacy.units import Unit
 
 # Parts of the canaries that are guessed, the surest ones; chosen before any audit.
@@ -82,13 +83,26 @@ class AuditResult:
         return values
 
 
+def flip_coins(shape: int | tuple[int, ...], seed: int | None) -> np.ndarray:
+    """Which canaries are included, bool of this shape: a fair coin for each.
+
+    Args:
+        shape: number of canaries, or their shape.
+        seed: None for secret coins.
+    """
+    random = np.random.default_rng(None if seed is None else [seed, 1])
+    return random.random(shape) < 0.5
+
+
 def audit_scores(
     attacks: Mapping[str, np.ndarray],
     included: np.ndarray,
-    statement: PrivacyStatement,
+    ledger: Ledger,
     *,
+    unit: Unit,
+    delta: float,
     confidence: float = 0.95,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> AuditResult:
     """Turns scores of canaries into the result of an audit.
 
@@ -100,7 +114,9 @@ def audit_scores(
         attacks: by name, a score for each canary, `[canaries]`, higher where the
             attack believes it included. Computed without knowing the coins.
         included: bool `[canaries]`, the fair coins.
-        statement: of the audited run.
+        ledger: of the audited run; what it says is the claim.
+        unit: what a canary is one of.
+        delta: of the claim.
         confidence: of the result, strictly between 0 and 1.
         seed: for the order of equal scores.
 
@@ -111,6 +127,7 @@ def audit_scores(
         ValueError: an argument is out of range.
     """
     _validate.fraction_open("confidence", confidence)
+    statement = statement_from_ledger(ledger, unit=unit, delta=delta, tighter=False)
     included = np.asarray(included, bool)
     tries = [
         (f"{name}, {share:.0%} guessed", scores, share)
@@ -119,7 +136,8 @@ def audit_scores(
     ]
     raised = 1.0 - (1.0 - confidence) / len(tries)
     counted = [
-        (name, *_count(scores, included, share, seed)) for name, scores, share in tries
+        (name, *_count(scores, included, share, seed or 0))
+        for name, scores, share in tries
     ]
     terms = {
         "delta": statement.delta,

@@ -22,11 +22,14 @@ from dp_transcribe.distillation.kernels import RBFKernel
 from dp_transcribe.distillation.kip import DPKIP, KIPTraining
 from dp_transcribe.distillation.linear import LinearTraining, PrivateLinearModel
 from dp_transcribe.ensembles import ShardPlan
-from dp_transcribe.evaluation.canaries import AuditResult, audit_scores
+from dp_transcribe.evaluation.canaries import (
+    AuditResult,
+    audit_scores,
+    flip_coins,
+)
 from dp_transcribe.mechanisms.noise import ANSWERS, NoiseSource
 from dp_transcribe.mechanisms.noisy_votes import NoisyVotes
 from dp_transcribe.privacy.ledger import Ledger, Spend
-from dp_transcribe.privacy.statement import PrivacyStatement, statement_from_ledger
 from dp_transcribe.privacy.units import Unit
 
 _CLASSES = 10
@@ -74,7 +77,7 @@ def audit_linear_model(
     """
     _validate.positive_int("canaries", canaries)
     plan = training or LINEAR_TRAINING
-    included = _coins(canaries, seed)
+    included = flip_coins(canaries, seed)
     features = np.eye(canaries, dtype=np.float32)
     features[~included] = np.nan  # counts as zero
     labels = np.arange(canaries) % _CLASSES
@@ -88,9 +91,14 @@ def audit_linear_model(
         on_step=lambda step, weights: seen.append(weights),
     )
     attacks = _linear_attacks(model, np.stack(seen), labels)
-    statement = _statement(model.ledger, delta)
     return audit_scores(
-        attacks, included, statement, confidence=confidence, seed=seed or 0
+        attacks,
+        included,
+        model.ledger,
+        unit=Unit.RECORD,
+        delta=delta,
+        confidence=confidence,
+        seed=seed,
     )
 
 
@@ -169,7 +177,7 @@ def audit_dpkip(
         ValueError: an argument is out of range.
     """
     _validate.positive_int("canaries", canaries)
-    included = _coins(canaries, seed)
+    included = flip_coins(canaries, seed)
     records = _BRIGHTNESS * np.eye(canaries, canaries + 1, dtype=np.float32)
     first = records[:1].copy()
     records[~included] = np.nan  # counts as zero
@@ -181,9 +189,14 @@ def audit_dpkip(
     model.fit(records, labels, target_epsilon=target_epsilon, delta=delta)
     seen = np.stack(model.seen)
     attacks = {"sums": seen.sum(axis=0), "spread over steps": seen.std(axis=0)}
-    statement = _statement(model.ledger, delta)
     return audit_scores(
-        attacks, included, statement, confidence=confidence, seed=seed or 0
+        attacks,
+        included,
+        model.ledger,
+        unit=Unit.RECORD,
+        delta=delta,
+        confidence=confidence,
+        seed=seed,
     )
 
 
@@ -216,15 +229,6 @@ class _ObservedKIP(DPKIP):
         """Adam's moving average of the released gradients."""
         found = [v for v in self.optimizer.variables if "momentum" in v.path]
         return np.asarray(found[0], np.float64)
-
-
-def _coins(canaries: int, seed: int | None) -> np.ndarray:
-    random = np.random.default_rng(None if seed is None else [seed, 1])
-    return random.random(canaries) < 0.5
-
-
-def _statement(ledger: Ledger, delta: float) -> PrivacyStatement:
-    return statement_from_ledger(ledger, unit=Unit.RECORD, delta=delta, tighter=False)
 
 
 def audit_votes(
@@ -268,7 +272,7 @@ def audit_votes(
         lambda event: dp_accounting.SelfComposedDpEvent(event, per_ensemble),
     )
     ensembles = -(-_validate.positive_int("canaries", canaries) // per_ensemble)
-    included = _coins(ensembles * per_ensemble, seed)
+    included = flip_coins(ensembles * per_ensemble, seed)
     noise = NoiseSource(seed)
     shards = _canaries_of_shards(mechanism.num_teachers)
     scores = []
@@ -288,9 +292,11 @@ def audit_votes(
     return audit_scores(
         {"votes": np.concatenate(scores)},
         included,
-        _statement(ledger, delta),
+        ledger,
+        unit=mechanism.unit,
+        delta=delta,
         confidence=confidence,
-        seed=seed or 0,
+        seed=seed,
     )
 
 

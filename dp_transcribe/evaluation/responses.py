@@ -14,11 +14,14 @@ import numpy as np
 import tensorflow as tf
 
 from dp_transcribe import _validate
-from dp_transcribe.evaluation.canaries import AuditResult, audit_scores
+from dp_transcribe.evaluation.canaries import (
+    AuditResult,
+    audit_scores,
+    flip_coins,
+)
 from dp_transcribe.generators.base import Draws, ProceduralGenerator
 from dp_transcribe.learning import AnswerLearner
 from dp_transcribe.mechanisms.base import AnswerMechanism, Mechanism
-from dp_transcribe.privacy.statement import statement_from_ledger
 from dp_transcribe.privacy.units import Relation
 from dp_transcribe.queries import CHUNK, FreshQueries, Queries, QueryPool
 from dp_transcribe.teachers import Teacher
@@ -84,15 +87,14 @@ def audit_responses(
         callbacks=[run],
         verbose=0,
     )
-    statement = statement_from_ledger(
-        run.transcriber.ledger, unit=mechanism.unit, delta=delta, tighter=False
-    )
     return audit_scores(
         run.attacks(),
         np.ravel(run.coins),
-        statement,
+        run.transcriber.ledger,
+        unit=mechanism.unit,
+        delta=delta,
         confidence=confidence,
-        seed=seed or 0,
+        seed=seed,
     )
 
 
@@ -145,8 +147,7 @@ class _AuditedRun(keras.callbacks.Callback):
         self.rounds = -(-canaries // self.size)
         self.by_answers = isinstance(mechanism, AnswerMechanism)
         self.replaces = mechanism.relation is Relation.REPLACE_ONE
-        random = np.random.default_rng(None if seed is None else [seed, 1])
-        self.coins = random.random((self.rounds, self.size)) < 0.5
+        self.coins = flip_coins((self.rounds, self.size), seed)
         # Stored answers stay in sight, so each has a pixel of its own to the end.
         self.pixels = self.coins.size if self.by_answers else self.size
         self.steps = self.rounds * self.steps_per_round
