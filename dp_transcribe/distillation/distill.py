@@ -82,16 +82,17 @@ def distill(
     **Privacy**: unit `RECORD`, zero-out; the statement is in the result.
     """
     settings = settings or Distillation()
-    labels = check_labels(labels, len(images), num_classes)
-    whitening = public_whitening(kernel, source, settings, seed=seed)
-    if features is None:
-        features = embed_in_batches(kernel, images)
-    if len(features) != len(images):
-        expected = f"None or one row for each of {len(images)} images"
-        raise _validate.invalid("features", np.shape(features), expected)
-    model = PrivateLinearModel(num_classes, settings.training, seed=seed)
-    model.fit(
-        whitening.apply(features), labels, target_epsilon=target_epsilon, delta=delta
+    model, whitening = fit_linear_model(
+        images,
+        labels,
+        num_classes=num_classes,
+        kernel=kernel,
+        source=source,
+        target_epsilon=target_epsilon,
+        delta=delta,
+        settings=settings,
+        features=features,
+        seed=seed,
     )
     _LOGGER.info("The linear model is fitted; nothing private is read any more.")
     support, support_labels = synthesize(
@@ -108,6 +109,42 @@ def distill(
         statement=model.privacy_statement(),
     )
     return distilled, model
+
+
+def fit_linear_model(
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    num_classes: int,
+    kernel: Kernel,
+    source: ImageSource,
+    target_epsilon: float,
+    delta: float,
+    settings: Distillation,
+    features: np.ndarray | None,
+    seed: int | None,
+) -> tuple[PrivateLinearModel, PublicWhitening]:
+    """The one use of the private images: a linear model of whitened embeddings.
+
+    Arguments and errors are those of `distill`.
+
+    Returns:
+        The model, which is private, and the whitening, which is public.
+
+    **Privacy**: unit `RECORD`, zero-out; spends all of `target_epsilon`.
+    """
+    labels = check_labels(labels, len(images), num_classes)
+    whitening = public_whitening(kernel, source, settings, seed=seed)
+    if features is None:
+        features = embed_in_batches(kernel, images)
+    if len(features) != len(images):
+        expected = f"None or one row for each of {len(images)} images"
+        raise _validate.invalid("features", np.shape(features), expected)
+    model = PrivateLinearModel(num_classes, settings.training, seed=seed)
+    model.fit(
+        whitening.apply(features), labels, target_epsilon=target_epsilon, delta=delta
+    )
+    return model, whitening
 
 
 def public_whitening(

@@ -9,13 +9,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dp_transcribe import _validate
-from dp_transcribe.distillation.distill import Distillation, public_whitening
-from dp_transcribe.distillation.kernels import ScatteringKernel, embed_in_batches
+from dp_transcribe.distillation.distill import Distillation, fit_linear_model
+from dp_transcribe.distillation.kernels import ScatteringKernel
 from dp_transcribe.distillation.linear import (
     PrivateLinearModel,
     centred_logits,
-    check_labels,
 )
 from dp_transcribe.distillation.synthesis import ImageSource
 from dp_transcribe.distillation.whitening import PublicWhitening
@@ -214,18 +212,19 @@ def fit_scattering_teacher(
         Tramèr and Boneh 2021, arXiv:2011.11660.
     """
     settings = settings or Distillation()
-    labels = check_labels(labels, len(images), num_classes)
     height, width, colours = np.shape(images)[1:]
     kernel = ScatteringKernel((height, width, colours))
-    whitening = public_whitening(kernel, source, settings, seed=seed)
-    if features is None:
-        features = embed_in_batches(kernel, images)
-    if len(features) != len(images):
-        expected = f"None or one row for each of {len(images)} images"
-        raise _validate.invalid("features", np.shape(features), expected)
-    model = PrivateLinearModel(num_classes, settings.training, seed=seed)
-    model.fit(
-        whitening.apply(features), labels, target_epsilon=target_epsilon, delta=delta
+    model, whitening = fit_linear_model(
+        images,
+        labels,
+        num_classes=num_classes,
+        kernel=kernel,
+        source=source,
+        target_epsilon=target_epsilon,
+        delta=delta,
+        settings=settings,
+        features=features,
+        seed=seed,
     )
     return Teacher(
         scattering_classifier(kernel, whitening, model),
