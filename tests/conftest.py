@@ -29,3 +29,36 @@ def mnist_small():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return data._embedded_mnist(reason=ConnectionError("not asked for"))
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory, mnist_small):
+    """200 real images of each split, in the layout of tensorflow-datasets."""
+    import numpy as np
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    folder = tmp_path_factory.mktemp("tfds")
+
+    def split(images, labels):
+        pixels = np.round(images[:200] * 255).astype(np.uint8)
+        examples = {"image": pixels, "label": labels[:200].astype(np.int64)}
+        return tf.data.Dataset.from_tensor_slices(examples)
+
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="mnist",
+        version="3.0.1",
+        data_dir=folder,
+        split_datasets={
+            "train": split(mnist_small.train_images, mnist_small.train_labels),
+            "test": split(mnist_small.test_images, mnist_small.test_labels),
+        },
+        features=tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(shape=(28, 28, 1)),
+                "label": tfds.features.ClassLabel(num_classes=10),
+            }
+        ),
+        disable_shuffling=True,
+    )
+    return folder

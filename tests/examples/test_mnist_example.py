@@ -17,7 +17,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-import tensorflow_datasets as tfds
 
 import dp_transcribe as dpt
 from dp_transcribe import methods
@@ -39,35 +38,6 @@ def load(name, path):
 
 small = load("small_mnist", HERE / "small_mnist.py")
 example = load("mnist_example", small.EXAMPLE)
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory, mnist_small):
-    """200 real images of each split, in the layout of tensorflow-datasets."""
-    folder = tmp_path_factory.mktemp("tfds")
-
-    def split(images, labels):
-        pixels = np.round(images[:200] * 255).astype(np.uint8)
-        examples = {"image": pixels, "label": labels[:200].astype(np.int64)}
-        return tf.data.Dataset.from_tensor_slices(examples)
-
-    tfds.dataset_builders.store_as_tfds_dataset(
-        name="mnist",
-        version="3.0.1",
-        data_dir=folder,
-        split_datasets={
-            "train": split(mnist_small.train_images, mnist_small.train_labels),
-            "test": split(mnist_small.test_images, mnist_small.test_labels),
-        },
-        features=tfds.features.FeaturesDict(
-            {
-                "image": tfds.features.Image(shape=(28, 28, 1)),
-                "label": tfds.features.ClassLabel(num_classes=10),
-            }
-        ),
-        disable_shuffling=True,
-    )
-    return folder
 
 
 @pytest.fixture(scope="module")
