@@ -239,12 +239,25 @@ def _check_shapes(student: keras.Model, teacher: Any) -> None:
     if tuple(outputs[1:]) != (teacher.num_classes,):
         expected = f"a student ending in {teacher.num_classes} logits, as the teacher"
         raise invalid("student", f"output shape {outputs}", expected)
-    last = student.layers[-1]
+    check_ends_in_logits("student", student)
+
+
+def check_ends_in_logits(name: str, model: keras.Model) -> None:
+    """Refuses a model whose last layer normalises its outputs.
+
+    Args:
+        name: of the argument.
+        model: a built Keras model.
+
+    Raises:
+        ValueError: the model ends in a softmax or a sigmoid.
+    """
+    last = model.layers[-1]
     activation = getattr(last, "activation", None)
     normalizes = activation in (keras.activations.softmax, keras.activations.sigmoid)
     if normalizes or isinstance(last, keras.layers.Softmax):
-        mend = "Leave out the activation after its last dense layer."
-        raise invalid("student", last.name, "a student ending in logits", mend)
+        mend = "Leave out the softmax or sigmoid after its last dense layer."
+        raise invalid(name, last.name, f"a {name} ending in logits", mend)
 
 
 def _check_dtypes(student: keras.Model) -> None:

@@ -24,6 +24,7 @@ from dp_transcribe.privacy.accounting import ACCOUNTANTS
 from dp_transcribe.privacy.calibration import noise_multiplier_for
 from dp_transcribe.privacy.ledger import Ledger
 from dp_transcribe.privacy.units import Unit
+from dp_transcribe.students import check_ends_in_logits
 from dp_transcribe.teachers import Teacher
 
 _LOGGER = logging.getLogger(__name__)
@@ -334,9 +335,4 @@ def _check_model(model: Any, images: np.ndarray) -> None:
     if not isinstance(shape, tuple) or tuple(shape[1:]) != images.shape[1:]:
         expected = f"a built model of inputs {images.shape[1:]}, as `images` has"
         raise _validate.invalid("model", shape, expected)
-    softmax = keras.activations.softmax
-    if getattr(model.layers[-1], "activation", None) is softmax:
-        mend = "Leave the softmax of its last layer out."
-        raise _validate.invalid(
-            "model", model.name, "a model that ends in logits", mend
-        )
+    check_ends_in_logits("model", model)
