@@ -73,7 +73,7 @@ class Blends(ProceduralGenerator):
         padded = tf.pad(images, [[0, 0], [1, 1], [1, 1], [0, 0]], "SYMMETRIC")
         rows = (padded[:, :-2] + 2.0 * padded[:, 1:-1] + padded[:, 2:]) / 4.0
         blurred = (rows[:, :, :-2] + 2.0 * rows[:, :, 1:-1] + rows[:, :, 2:]) / 4.0
-        strength = draws.uniform(1, 1, 1, high=max(self.sharpened, 1e-9))
+        strength = draws.uniform(1, 1, 1, high=self.sharpened)
         return tf.clip_by_value(images + strength * (images - blurred), 0.0, 1.0)
 
     def _side(self, draws: Draws) -> tf.Tensor:
