@@ -19,7 +19,13 @@ from dp_transcribe.mechanisms.base import (
     Release,
     Released,
 )
-from dp_transcribe.mechanisms.noise import ANSWERS, NOISE, QUERIES, SAMPLING
+from dp_transcribe.mechanisms.noise import (
+    ANSWERS,
+    NOISE,
+    QUERIES,
+    SAMPLING,
+    standard_normal,
+)
 from dp_transcribe.queries import (
     PoolStore,
     QueryPool,
@@ -122,7 +128,6 @@ class GradientLearner(Learner):
         queries = owner.queries
         self.batch_size = queries.batch_size
         self.pool: PoolStore | None = None
-        self.pool_is_empty = True
         self.sampling_probability = 1.0
         if isinstance(queries, QueryPool):
             shape, classes = owner.teacher.input_shape, owner.teacher.num_classes
@@ -138,7 +143,6 @@ class GradientLearner(Learner):
     def renew_pool(self) -> None:
         """Replaces the pool by new queries, on every replica."""
         self.owner.distribute_strategy.run(self._fill)
-        self.pool_is_empty = False
 
     def _fill_pool(self) -> None:
         number = self.owner.noise.advance()
@@ -198,7 +202,7 @@ class GradientLearner(Learner):
     def _row_noise(self, number: tf.Tensor) -> Any:
         """Standard noise of this replica's own rows."""
         seed = self.owner.noise.stream(number, NOISE, part=replica_index() + 1)
-        return lambda shape: tf.random.stateless_normal(shape, seed)
+        return lambda shape: standard_normal(shape, seed)
 
     def _noisy(self, tensors: list[tf.Tensor], number: tf.Tensor) -> Release:
         """Adds the one draw that is the same on all replicas."""

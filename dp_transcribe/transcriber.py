@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import logging
 import os
 import pathlib
 import tempfile
@@ -15,7 +13,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dp_transcribe import _validate
+from dp_transcribe import _validate, compatibility
+from dp_transcribe.budget import DEFAULT_DELTA, Budget
 from dp_transcribe.ensembles import TeacherEnsemble
 from dp_transcribe.learning import (
     AnswerLearner,
@@ -24,27 +23,17 @@ from dp_transcribe.learning import (
     make_learner,
 )
 from dp_transcribe.losses.objective import GeneratorObjective
-from dp_transcribe.mechanisms.base import AnswerMechanism, GradientMechanism, Mechanism
+from dp_transcribe.mechanisms.base import Mechanism
 from dp_transcribe.mechanisms.clipping.validate import (
     check_student as check_clippable,
 )
-from dp_transcribe.mechanisms.ensemble_gradient import EnsembleGradient
 from dp_transcribe.mechanisms.inherited import Inherited
 from dp_transcribe.mechanisms.noise import QUERIES, NoiseSource
-from dp_transcribe.mechanisms.noisy_answer import NoisyAnswer
-from dp_transcribe.mechanisms.noisy_votes import NoisyVotes
-from dp_transcribe.mechanisms.output_gradient import NormalizedOutputGradient
-from dp_transcribe.mechanisms.randomized_response import (
-    RandomizedResponse,
-    SelectiveRandomizedResponse,
-)
-from dp_transcribe.mechanisms.weight_gradient import ClippedGradient, NormalizedGradient
-from dp_transcribe.privacy.accounting import ACCOUNTANTS
 from dp_transcribe.privacy.inheritance import inherit
-from dp_transcribe.privacy.ledger import Ledger, Spend
+from dp_transcribe.privacy.ledger import Ledger
 from dp_transcribe.privacy.statement import PrivacyStatement, statement_from_ledger
-from dp_transcribe.privacy.units import Unit
-from dp_transcribe.queries import FreshQueries, Queries, QueryPool
+from dp_transcribe.queries import FreshQueries, Queries
+from dp_transcribe.saving import as_bytes, as_text, config_of, made_from, numbered
 from dp_transcribe.students import check_student
 from dp_transcribe.teachers import Teacher
 from dp_transcribe.workers import (
@@ -54,14 +43,6 @@ from dp_transcribe.workers import (
     is_chief,
     losing_no_worker,
 )
-
-logger = logging.getLogger(__name__)
-
-DEFAULT_DELTA = 1e-5
-
-
-class BudgetExceededError(ValueError):
-    """The next noisy step would pass the target epsilon; nothing was spent."""
 
 
 @keras.saving.register_keras_serializable(package="dp_transcribe")
@@ -151,14 +132,14 @@ class DPTranscriber(keras.Model):
         self.student = student
         self.second_student = second_student
         self.generator = generator
-        self._mechanism = _validate.instance_of("mechanism", mechanism, Mechanism)
-        self._queries = queries if queries is not None else FreshQueries()
+        self.budget = Budget(
+            _validate.instance_of("mechanism", mechanism, Mechanism),
+            queries if queries is not None else FreshQueries(),
+            _validate.positive_int("student_updates", student_updates),
+        )
         self.public_prior = public_prior
         self.public_share = _validate.probability("public_share", public_share)
         self.objective = objective if objective is not None else GeneratorObjective()
-        self._student_updates = _validate.positive_int(
-            "student_updates", student_updates
-        )
         self.generator_updates = _validate.non_negative_int(
             "generator_updates", generator_updates
         )
@@ -188,18 +169,8 @@ class DPTranscriber(keras.Model):
         self._check_parts()
         self._has_other_workers = has_other_workers(self.distribute_strategy)
         self.noise = NoiseSource(self.seed)
-        self.ledger = Ledger()
-        self.delta: float | None = None
-        self.accountant = "rdp"
         self.schedule = tuple(_validate.positive_int("schedule", n) for n in schedule)
         self._learner: GradientLearner | AnswerLearner | None = None
-        self._pool_number = 0
-        self._pool_updates = 0
-        self._target_epsilon: float | None = None
-        self._budget: int | None = None
-        self._horizon = self._planned = 0
-        self._shown_until = 0
-        self._epsilon_shown = 0.0
         self._trackers = {
             name: keras.metrics.Mean(name=name)
             for name in ("student_loss", "agreement", "generator_loss")
@@ -213,17 +184,22 @@ class DPTranscriber(keras.Model):
     @property
     def mechanism(self) -> Mechanism:
         """What is released of the teacher's answers."""
-        return self._mechanism
+        return self.budget.mechanism
 
     @property
     def queries(self) -> Queries:
         """How queries are drawn."""
-        return self._queries
+        return self.budget.queries
 
     @property
     def student_updates(self) -> int:
         """Updates of the student in one `train_step`."""
-        return self._student_updates
+        return self.budget.student_updates
+
+    @property
+    def ledger(self) -> Ledger:
+        """Everything that was released; it only grows."""
+        return self.budget.ledger
 
     @property
     def trains_generator(self) -> bool:
@@ -251,17 +227,21 @@ class DPTranscriber(keras.Model):
     def _check_parts(self) -> None:
         check_student(self.student, self.teacher)
         check_clippable(self.student)
-        _check_dtype(self.dtype_policy)
+        compatibility.check_dtype(self.dtype_policy)
         self.mechanism.check(self.teacher.num_classes)
         self.mechanism.check_teacher(self.teacher)
-        _check_guidance(self.mechanism, self.generator_covered)
+        compatibility.check_guidance(self.mechanism, self.generator_covered)
         if self.second_student is not None:
-            _check_second_student(self)
+            compatibility.check_second_student(
+                self.second_student, self.student, self.teacher, self.mechanism
+            )
         if self.trains_generator:
-            _check_objective(self.objective, self.mechanism, self.second_student)
+            compatibility.check_objective(
+                self.objective, self.mechanism, self.second_student
+            )
         for name in ("generator", "public_prior"):
-            _check_source(name, getattr(self, name), self.teacher)
-        _check_queries(self.queries, self.mechanism, self._num_replicas)
+            compatibility.check_source(name, getattr(self, name), self.teacher)
+        compatibility.check_queries(self.queries, self.mechanism, self._num_replicas)
         classes = getattr(self.generator, "num_classes", None)
         if classes not in (None, self.teacher.num_classes):
             expected = f"{self.teacher.num_classes} classes, as the teacher has"
@@ -468,17 +448,16 @@ class DPTranscriber(keras.Model):
         steps_per_epoch = default_steps if steps_per_epoch is None else steps_per_epoch
         _validate.positive_int("epochs", epochs)
         _validate.positive_int("steps_per_epoch", steps_per_epoch)
-        self.delta = _validate.fraction_open("delta", delta)
-        self.accountant = _validate.one_of("accountant", accountant, ACCOUNTANTS)
         if not self.compiled:
             raise ValueError("Call `compile` before `fit`.")
-        executions = -(-steps_per_epoch // self.steps_per_execution)
-        self._horizon = executions * self._releases_at_once
-        self._planned = self._horizon * max(epochs - initial_epoch, 1)
-        self._calibrate(target_epsilon)
-        self._target_epsilon = target_epsilon
-        self._budget = self._releases_within(target_epsilon)
-        self._shown_until = 0
+        self.budget.plan(
+            target_epsilon=target_epsilon,
+            delta=delta,
+            accountant=accountant,
+            epochs=max(epochs - initial_epoch, 1),
+            steps_per_epoch=steps_per_epoch,
+            steps_at_once=self.steps_per_execution,
+        )
         with losing_no_worker(self.distribute_strategy):
             self._prepare()
             return super().fit(
@@ -491,24 +470,6 @@ class DPTranscriber(keras.Model):
                 initial_epoch=initial_epoch,
                 **{"shuffle": False, **kwargs},
             )
-
-    def _calibrate(self, target_epsilon: float | None) -> None:
-        if target_epsilon is not None:
-            _validate.positive_finite("target_epsilon", target_epsilon)
-        if self.mechanism.is_calibrated:
-            return
-        if target_epsilon is None:
-            raise ValueError(
-                f"{self.mechanism.name} has no noise yet. Pass `target_epsilon` to "
-                "`fit`, or give the mechanism its noise."
-            )
-        schedule = functools.partial(
-            self.queries.schedule, unit=self.mechanism.unit, releases=self._planned
-        )
-        self._mechanism = self.mechanism.calibrated(
-            target_epsilon, self._delta, schedule, self.accountant
-        )
-        logger.info("Calibrated to epsilon %s: %s", target_epsilon, self.mechanism)
 
     def _prepare(self) -> None:
         """Builds everything that Keras would build from a batch of data."""
@@ -551,142 +512,13 @@ class DPTranscriber(keras.Model):
         run_steps = self.train_function
 
         def accounted(iterator: Any) -> dict[str, Any]:
-            self._account(self.steps_per_execution)
-            return {**run_steps(iterator), "epsilon": self._epsilon_shown}
+            learner = self._make_learner()
+            if self.budget.spend(self.steps_per_execution):
+                cast(GradientLearner, learner).renew_pool()
+            self.stop_training |= self.budget.is_spent
+            return {**run_steps(iterator), "epsilon": self.budget.epsilon_shown}
 
         self.train_function = accounted
-
-    @property
-    def _releases_per_step(self) -> int:
-        """Releases to one unit in one `train_step`."""
-        by_answer = isinstance(self.mechanism, AnswerMechanism)
-        batches = 1 if by_answer else self.student_updates
-        return batches * self.mechanism.releases_per_batch(self.queries.batch_size)
-
-    @property
-    def _releases_at_once(self) -> int:
-        """Releases between two looks at the budget."""
-        return self.steps_per_execution * self._releases_per_step
-
-    def _releases_within(self, target_epsilon: float | None) -> int:
-        """Releases that a unit may bear; refuses if that is not even one step.
-
-        Args:
-            target_epsilon: the target, or None for no limit but the pool's own.
-
-        Returns:
-            The number, for an answer that entered none before, or the number of
-            further ones for a record.
-        """
-        if isinstance(self.mechanism, Inherited):
-            self._check_inherited_target(self.mechanism, target_epsilon)
-            return 0
-        limit = needed = 1
-        if isinstance(self.queries, QueryPool):
-            limit, needed = self.queries.updates, self._releases_at_once
-        elif self._runs_down:
-            needed = self._releases_at_once
-            limit = max(self._planned, needed)
-        if needed > limit:
-            expected = f"at least student_updates * steps_per_execution = {needed}"
-            raise _validate.invalid("updates", limit, expected)
-        if target_epsilon is None:
-            return limit
-        spent = self.ledger.epsilon(**self._terms)
-        spend = self.queries.spend(self.mechanism, self._pool_number + 1)
-        allowed = self.ledger.max_count(
-            spend, target_epsilon=target_epsilon, limit=limit, **self._terms
-        )
-        if spent > target_epsilon or allowed < needed:
-            cost = self.ledger.epsilon_after(spend, needed, **self._terms)
-            unit = self.mechanism.unit.value
-            raise BudgetExceededError(
-                f"The next step would pass target_epsilon={target_epsilon} per {unit} "
-                f"at delta={self._delta}: {spent:.4g} is spent, and {needed} "
-                f"release(s) of {self.mechanism} bring it to {cost:.4g}. Nothing was "
-                "spent. Use more noise, or leave the noise out to have it computed."
-            )
-        return allowed
-
-    def _check_inherited_target(
-        self, mechanism: Inherited, target_epsilon: float | None
-    ) -> None:
-        """Refuses a target that the teacher has passed."""
-        if target_epsilon is None or mechanism.keeps(target_epsilon, self._delta):
-            return
-        spent = mechanism.statement
-        raise BudgetExceededError(
-            f"The teacher has passed target_epsilon={target_epsilon} per RECORD at "
-            f"delta={self._delta}: its statement says epsilon={spent.epsilon:.6g} at "
-            f"delta={spent.delta:g}. Nothing was spent. Train a teacher for a smaller "
-            "epsilon, or raise the target."
-        )
-
-    def _account(self, steps: int) -> None:
-        """Records what the next steps spend; renews the pool when it is used up."""
-        learner = self._make_learner()
-        releases = steps * self._releases_per_step
-        if self._budget is None or (self._runs_down and self._budget < releases):
-            self._budget = self._releases_within(self._target_epsilon)
-        if isinstance(self.mechanism, Inherited):
-            self._epsilon_shown = self.mechanism.statement.epsilon
-            return
-        if self._runs_down:
-            self._budget -= releases
-            limited = self._target_epsilon is not None
-            self.stop_training |= limited and self._budget < releases
-        elif isinstance(learner, GradientLearner) and learner.pool is not None:
-            self._turn_pool(learner, releases)
-        self.ledger.record(self._spend(self._pool_number), releases)
-        if self._shown_until <= 0:
-            self._shown_until = max(self._horizon, releases)
-            self._epsilon_shown = self._epsilon_ahead(releases, self._budget)
-        self._shown_until -= releases
-
-    @property
-    def _runs_down(self) -> bool:
-        """Whether every release uses up some of the budget: a record bears all."""
-        return self.mechanism.unit is Unit.RECORD
-
-    def _turn_pool(self, learner: GradientLearner, releases: int) -> None:
-        """Counts updates of the pool, renews it, stops where the budget ends."""
-        budget, updates = cast(int, self._budget), cast(QueryPool, self.queries).updates
-        used_up = self._pool_updates + releases > budget
-        if learner.pool_is_empty or used_up:
-            self._pool_number += 1
-            self._pool_updates = 0
-            learner.renew_pool()
-        self._pool_updates += releases
-        if self._pool_updates + releases > budget and budget < updates:
-            self.stop_training = True
-
-    def _spend(self, pool: int) -> Spend:
-        return self.queries.spend(self.mechanism, pool)
-
-    def _epsilon_ahead(self, releases: int, budget: int) -> float:
-        """Epsilon at the end of the epoch that these releases begin."""
-        ahead, pool = self._shown_until - releases, self._pool_number
-        counts = {pool: min(ahead, budget) if self._runs_down else ahead}
-        if isinstance(self.queries, QueryPool):
-            here = (budget - self._pool_updates) // releases * releases
-            whole = budget // releases * releases
-            counts = {pool: min(ahead, here)}
-            if budget == self.queries.updates:
-                counts[pool + 1] = min(max(ahead - here, 0), whole)
-        return max(
-            self.ledger.epsilon_after(self._spend(pool), count, **self._terms)
-            for pool, count in counts.items()
-        )
-
-    @property
-    def _terms(self) -> dict[str, Any]:
-        """Unit, delta and accountant of the target and of what is shown."""
-        unit = self.mechanism.unit
-        return {"unit": unit, "delta": self._delta, "accountant": self.accountant}
-
-    @property
-    def _delta(self) -> float:
-        return self.delta or DEFAULT_DELTA
 
     def privacy_statement(
         self, *, delta: float | None = None, accountant: str | None = None
@@ -713,8 +545,8 @@ class DPTranscriber(keras.Model):
             self.ledger,
             unit=self.mechanism.unit,
             relation=self.mechanism.relation,
-            delta=delta or self._delta,
-            accountant=accountant or self.accountant,
+            delta=delta or self.budget.terms["delta"],
+            accountant=accountant or self.budget.accountant,
             mechanism=self.mechanism.name,
             covered=covered,
             not_covered=not_covered,
@@ -739,8 +571,7 @@ class DPTranscriber(keras.Model):
         for name in _SERIALIZED:
             config[name] = serialize(getattr(self, name))
         for name in ("mechanism", "queries", "objective"):
-            value = getattr(self, name)
-            config[name] = {"kind": type(value).__name__, "fields": _config_of(value)}
+            config[name] = config_of(getattr(self, name))
         config["teacher"] = self.teacher.get_config()
         return {**super().get_config(), **config}
 
@@ -751,8 +582,7 @@ class DPTranscriber(keras.Model):
         for name in _SERIALIZED:
             config[name] = keras.saving.deserialize_keras_object(config[name])
         for name in ("mechanism", "queries", "objective"):
-            entry = config[name]
-            config[name] = _made_from(_KINDS[entry["kind"]], entry["fields"])
+            config[name] = made_from(config[name])
         kind = TeacherEnsemble if "member" in config["teacher"] else Teacher
         config["teacher"] = kind.from_config(config["teacher"])
         return cls(**config)
@@ -760,15 +590,15 @@ class DPTranscriber(keras.Model):
     def save_own_variables(self, store: Any) -> None:
         """Writes ledger, pool count, replay and the teacher's weights."""
         super().save_own_variables(store)
-        store["ledger"] = _as_bytes(self.ledger.to_json())
+        store["ledger"] = as_bytes(self.ledger.to_json())
         state = {
-            "pool_number": self._pool_number,
-            "delta": self.delta,
-            "accountant": self.accountant,
+            "pool_number": self.budget.pool_number,
+            "delta": self.budget.delta,
+            "accountant": self.budget.accountant,
             "mechanism": self.mechanism.get_config(),
             "seed": self.seed,
         }
-        store["state"] = _as_bytes(json.dumps(state))
+        store["state"] = as_bytes(json.dumps(state))
         for index, weight in enumerate(self.teacher.get_weights()):
             store[f"teacher_{index}"] = weight
         if isinstance(self._learner, AnswerLearner):
@@ -779,24 +609,24 @@ class DPTranscriber(keras.Model):
         """Reads what `save_own_variables` wrote."""
         own = len(self._trainable_variables) + len(self._non_trainable_variables)
         super().load_own_variables({str(i): store[str(i)] for i in range(own)})
-        self.ledger = Ledger.from_json(_as_text(store["ledger"]))
-        state = json.loads(_as_text(store["state"]))
-        self._mechanism = type(self.mechanism).from_config(state["mechanism"])
-        self.delta, self.accountant = state["delta"], state["accountant"]
+        state, budget = json.loads(as_text(store["state"])), self.budget
+        budget.ledger = Ledger.from_json(as_text(store["ledger"]))
+        budget.mechanism = type(self.mechanism).from_config(state["mechanism"])
+        budget.delta, budget.accountant = state["delta"], state["accountant"]
+        budget.pool_number = state["pool_number"]
         self.seed = state["seed"]
-        self._pool_number = state["pool_number"]
         self._forget_run()
-        weights = _numbered(store, "teacher")
+        weights = numbered(store, "teacher")
         if weights:
             self.teacher.set_weights(weights)
-        replay = _numbered(store, "replay")
+        replay = numbered(store, "replay")
         if replay:
             cast(AnswerLearner, self._make_learner()).set_replay(replay)
 
     def _forget_run(self) -> None:
         """Drops pool, budget and traced step: they belong to what was before."""
-        self._learner, self._budget = None, None
-        self._pool_updates = self._shown_until = 0
+        self._learner = None
+        self.budget.forget_run()
         if self.train_function is not None:
             self.make_train_function(force=True)
 
@@ -836,130 +666,3 @@ _PLAIN_ARGUMENTS = (
     "schedule",
     "seed",
 )
-_KINDS: dict[str, Any] = {
-    kind.__name__: kind
-    for kind in (
-        ClippedGradient,
-        EnsembleGradient,
-        Inherited,
-        NormalizedGradient,
-        NormalizedOutputGradient,
-        NoisyAnswer,
-        NoisyVotes,
-        RandomizedResponse,
-        SelectiveRandomizedResponse,
-        FreshQueries,
-        QueryPool,
-        GeneratorObjective,
-    )
-}
-
-
-def _config_of(value: Any) -> dict[str, Any]:
-    """The fields of a mechanism, a sampler or an objective."""
-    if isinstance(value, Mechanism):
-        return value.get_config()
-    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-
-
-def _made_from(kind: Any, fields: dict[str, Any]) -> Any:
-    """The opposite of `_config_of`."""
-    return kind.from_config(fields) if issubclass(kind, Mechanism) else kind(**fields)
-
-
-def _as_bytes(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode(), np.uint8)
-
-
-def _as_text(values: Any) -> str:
-    return np.asarray(values, np.uint8).tobytes().decode()
-
-
-def _numbered(store: Any, prefix: str) -> list[np.ndarray]:
-    """The arrays stored as `prefix_0`, `prefix_1` and so on."""
-    found: list[np.ndarray] = []
-    while f"{prefix}_{len(found)}" in store.keys():
-        found.append(np.asarray(store[f"{prefix}_{len(found)}"]))
-    return found
-
-
-def _check_source(name: str, source: Any, teacher: Teacher) -> None:
-    """Refuses a generator whose images the teacher does not take."""
-    if source is None and name == "public_prior":
-        return
-    for own, of_teacher in (
-        ("image_shape", "input_shape"),
-        ("output_range", "input_range"),
-    ):
-        wanted = tuple(getattr(teacher, of_teacher))
-        if tuple(getattr(source, own, ())) != wanted:
-            expected = f"a generator with {own}={wanted}, the teacher's {of_teacher}"
-            raise _validate.invalid(name, source, expected)
-
-
-def _check_dtype(policy: Any) -> None:
-    """Refuses float16, whose loss scaling would be undone by clipping."""
-    if policy.compute_dtype == "float16":
-        mend = "Use `keras.config.set_dtype_policy` with 'float32' or 'mixed_bfloat16'."
-        raise _validate.invalid("dtype", policy.name, "no float16 policy", mend)
-
-
-def _check_guidance(mechanism: Mechanism, generator_covered: bool) -> None:
-    """Refuses queries that carry records past a mechanism of unit `RECORD`."""
-    releases = mechanism.unit is Unit.RECORD and not isinstance(mechanism, Inherited)
-    if releases and not generator_covered:
-        mend = "Let the student guide the generator."
-        expected = f"True with {mechanism.name}: no generator that the teacher guided"
-        raise _validate.invalid("generator_covered", generator_covered, expected, mend)
-
-
-def _check_second_student(model: DPTranscriber) -> None:
-    """Refuses a second student that cannot learn beside the first."""
-    second = cast(keras.Model, model.second_student)
-    if not isinstance(model.mechanism, AnswerMechanism):
-        mend = "The noise of a gradient is for one student."
-        expected = f"None with {model.mechanism.name}, which releases no answers"
-        raise _validate.invalid("second_student", second, expected, mend)
-    own = {id(variable) for variable in model.student.variables}
-    if any(id(variable) in own for variable in second.variables):
-        expected = "a student that shares no weights with the first"
-        raise _validate.invalid("second_student", second, expected)
-    check_student(second, model.teacher)
-
-
-def _check_objective(
-    objective: GeneratorObjective,
-    mechanism: Mechanism,
-    second_student: keras.Model | None,
-) -> None:
-    """Refuses terms that need more than the students' logits.
-
-    A teacher that is itself private may be read, too.
-    """
-    refused = ["activation", "batch_norm_statistics"]
-    if second_student is None:
-        refused.append("student_disagreement")
-    if not isinstance(mechanism, Inherited):
-        refused.append("adversarial")
-    for name in refused:
-        if getattr(objective, name) != 0:
-            expected = f"an objective of the student's logits alone, with {name}=0"
-            raise _validate.invalid("objective", objective, expected)
-
-
-def _check_queries(queries: Queries, mechanism: Mechanism, replicas: int) -> None:
-    """Refuses a sampler that the mechanism's cost is not stated for."""
-    _validate.instance_of("queries", queries, (FreshQueries, QueryPool))
-    if isinstance(queries, QueryPool) and mechanism.unit is Unit.RECORD:
-        mend = "Sampling queries hides no record: each can change every answer."
-        expected = f"FreshQueries with {mechanism.name}, of unit RECORD"
-        raise _validate.invalid("queries", queries, expected, mend)
-    reusable = isinstance(mechanism, GradientMechanism) and mechanism.reusable
-    if isinstance(queries, QueryPool) and not reusable:
-        mend = "It noises every answer by itself; use FreshQueries."
-        expected = f"FreshQueries with {mechanism.name}"
-        raise _validate.invalid("queries", queries, expected, mend)
-    for name in ("batch_size", "size"):
-        if getattr(queries, name, replicas) % replicas:
-            expected = f"a multiple of the {replicas} replicas"
-            raise _validate.invalid(name, getattr(queries, name), expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -102,12 +103,35 @@ class NoiseSource(keras.layers.Layer):
         """
         sizes = [tf.size(tensor) for tensor in tensors]
         seed = self.stream(number, NOISE)
-        flat = tf.random.stateless_normal([tf.add_n(sizes)], seed)
+        flat = standard_normal([tf.add_n(sizes)], seed)
         parts = tf.split(flat, sizes, num=len(tensors))
         return [
             tf.reshape(part, tf.shape(tensor))
             for part, tensor in zip(parts, tensors, strict=True)
         ]
+
+
+def standard_normal(shape: Any, seed: tf.Tensor) -> tf.Tensor:
+    """Independent standard Gaussians, by Box and Muller's transform.
+
+    `tf.random.stateless_normal` computes its transform one number at a time on a CPU,
+    which takes longer than the random bits and, for a perceptron, as long as a step.
+    Here the radius has 32 bits and the angle 24, so tails reach 6.6 deviations.
+
+    Args:
+        shape: of the result; may be a tensor.
+        seed: `[2]`, as `NoiseSource.stream` returns it.
+
+    Returns:
+        float32, the same numbers for the same shape and seed.
+    """
+    size = tf.reduce_prod(tf.cast(shape, tf.int32))
+    bits = tf.random.stateless_uniform([2, (size + 1) // 2], seed, None, None, tf.int32)
+    first, second = tf.unstack(tf.cast(bits, tf.float32))
+    radius = tf.sqrt(-2.0 * tf.math.log((tf.abs(first) + 0.5) * 2.0**-31))
+    angle = second * (math.pi * 2.0**-31)
+    pairs = tf.concat([radius * tf.cos(angle), radius * tf.sin(angle)], 0)
+    return tf.reshape(pairs[:size], shape)
 
 
 def _key_words(seed: int | None) -> list[int]:

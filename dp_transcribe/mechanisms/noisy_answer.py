@@ -17,6 +17,7 @@ from dp_transcribe.mechanisms.base import (
     gaussian_stddev,
 )
 from dp_transcribe.mechanisms.candidates import top_candidates
+from dp_transcribe.mechanisms.noise import standard_normal
 from dp_transcribe.mechanisms.output_gradient import normalized_rows
 from dp_transcribe.privacy.events import Event
 
@@ -99,7 +100,7 @@ class NoisyAnswer(AnswerMechanism):
         count = tf.reduce_sum(keep, -1, keepdims=True)
         mean = tf.reduce_sum(answers * keep, -1, keepdims=True) / count
         bounded = normalized_rows((answers - mean) * keep) * self.l2_norm
-        noise = tf.random.stateless_normal(tf.shape(answers), seed)
+        noise = standard_normal(tf.shape(answers), seed)
         return Released(bounded + noise * (self._stddev * keep), keep)
 
     def _number_of_candidates(self, prior: tf.Tensor) -> tf.Tensor | int | None:

@@ -19,7 +19,7 @@ from dp_transcribe.mechanisms.base import (
     gaussian_stddev,
 )
 from dp_transcribe.mechanisms.candidates import top_candidates
-from dp_transcribe.mechanisms.noise import ANSWERS, NoiseSource
+from dp_transcribe.mechanisms.noise import ANSWERS, NoiseSource, standard_normal
 from dp_transcribe.privacy.events import Event
 from dp_transcribe.privacy.ledger import Ledger, Spend
 from dp_transcribe.privacy.units import Relation, Unit
@@ -167,7 +167,7 @@ class NoisyVotes(AnswerMechanism):
         """
         keep = top_candidates(prior, self.top_k)
         counts = tf.round(answers * float(self.num_teachers)) * keep
-        noise = tf.random.stateless_normal(tf.shape(counts), seed)
+        noise = standard_normal(tf.shape(counts), seed)
         noisy = (counts + noise * self.stddev) * keep
         if self.released == "label":
             best = tf.argmax(tf.where(keep > 0, noisy, -math.inf), -1)
@@ -188,7 +188,7 @@ class NoisyVotes(AnswerMechanism):
         """
         if self.threshold is None:
             return tf.ones_like(counts[:, 0])
-        noise = tf.random.stateless_normal(tf.shape(counts)[:1], seed)
+        noise = standard_normal(tf.shape(counts)[:1], seed)
         largest = tf.reduce_max(counts, -1) + noise * self.threshold_stddev
         return tf.cast(largest >= self.threshold, tf.float32)
 

@@ -7,6 +7,7 @@ import tensorflow as tf
 from dp_transcribe.distillation import LinearTraining, linear
 from dp_transcribe.ensembles import ShardPlan
 from dp_transcribe.evaluation import audit_dpkip, audit_linear_model, audit_votes
+from dp_transcribe.mechanisms import noise, noisy_votes
 from dp_transcribe.mechanisms.noise import NoiseSource
 from dp_transcribe.privacy import Unit
 
@@ -23,10 +24,9 @@ VOTES = {"canaries": 8192, "seed": 2}
 
 
 def scale_noise(monkeypatch, factor):
-    drawn = tf.random.stateless_normal
-    monkeypatch.setattr(
-        tf.random, "stateless_normal", lambda *a, **k: factor * drawn(*a, **k)
-    )
+    drawn = noise.standard_normal
+    for module in (noise, noisy_votes):
+        monkeypatch.setattr(module, "standard_normal", lambda *a: factor * drawn(*a))
 
 
 def without_noise(monkeypatch):

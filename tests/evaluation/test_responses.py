@@ -3,6 +3,7 @@
 import pytest
 import tensorflow as tf
 
+from dp_transcribe import learning
 from dp_transcribe.evaluation import audit_responses
 from dp_transcribe.learning import AnswerLearner
 from dp_transcribe.mechanisms import (
@@ -12,6 +13,8 @@ from dp_transcribe.mechanisms import (
     NormalizedOutputGradient,
     RandomizedResponse,
     SelectiveRandomizedResponse,
+    noise,
+    noisy_answer,
     randomized_response,
 )
 from dp_transcribe.mechanisms.base import Released
@@ -85,10 +88,9 @@ def weak_noise(monkeypatch):
 
 
 def scale_noise(monkeypatch, factor):
-    drawn = tf.random.stateless_normal
-    monkeypatch.setattr(
-        tf.random, "stateless_normal", lambda *a, **k: factor * drawn(*a, **k)
-    )
+    drawn = noise.standard_normal
+    for module in (learning, noise, noisy_answer):
+        monkeypatch.setattr(module, "standard_normal", lambda *a: factor * drawn(*a))
 
 
 def certain_response(monkeypatch):

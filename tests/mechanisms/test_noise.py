@@ -95,6 +95,28 @@ def test_noise_is_standard_normal_over_all_tensors_together():
     assert stats.kstest(flat * 3 / 2, "norm").pvalue < 1e-6
 
 
+def test_tails_are_those_of_a_gaussian():
+    source = NoiseSource(3)
+    (drawn,) = source.normal_like([tf.zeros([2_000_001])], number=source.advance())
+    for bound in (3.0, 4.0, 4.5):
+        expected = 2 * stats.norm.sf(bound) * 2_000_001
+        outside = int(np.sum(np.abs(drawn) > bound))
+        assert stats.poisson.sf(outside - 1, expected) > 1e-4
+        assert stats.poisson.cdf(outside, expected) > 1e-4
+    assert np.all(np.isfinite(drawn))
+
+
+def test_no_number_of_a_draw_tells_of_another():
+    # Pairs share a radius and an angle; no function of one may show in the other.
+    source = NoiseSource(4)
+    (drawn,) = source.normal_like([tf.zeros([400_000])], number=source.advance())
+    first, second = np.split(drawn.numpy(), 2)
+    for function in (np.abs, np.square, np.sign):
+        for shift in (0, 1):
+            other = np.roll(function(second), shift)
+            assert abs(np.corrcoef(function(first), other)[0, 1]) < 4.5 / 200_000**0.5
+
+
 def test_noise_is_float32_for_bfloat16_gradients():
     source = NoiseSource(11)
     (noise,) = source.normal_like([tf.zeros([9], tf.bfloat16)], number=source.advance())

@@ -1,0 +1,99 @@
+"""Do the parts of a transcriber fit each other: refused before anything is spent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from dp_transcribe import _validate
+from dp_transcribe.losses.objective import GeneratorObjective
+from dp_transcribe.mechanisms.base import AnswerMechanism, GradientMechanism, Mechanism
+from dp_transcribe.mechanisms.inherited import Inherited
+from dp_transcribe.privacy.units import Unit
+from dp_transcribe.queries import FreshQueries, Queries, QueryPool
+from dp_transcribe.students import check_student
+from dp_transcribe.teachers import Teacher
+
+
+def check_source(name: str, source: Any, teacher: Teacher) -> None:
+    """Refuses a generator whose images the teacher does not take."""
+    if source is None and name == "public_prior":
+        return
+    for own, of_teacher in (
+        ("image_shape", "input_shape"),
+        ("output_range", "input_range"),
+    ):
+        wanted = tuple(getattr(teacher, of_teacher))
+        if tuple(getattr(source, own, ())) != wanted:
+            expected = f"a generator with {own}={wanted}, the teacher's {of_teacher}"
+            raise _validate.invalid(name, source, expected)
+
+
+def check_dtype(policy: Any) -> None:
+    """Refuses float16, whose loss scaling would be undone by clipping."""
+    if policy.compute_dtype == "float16":
+        mend = "Use `keras.config.set_dtype_policy` with 'float32' or 'mixed_bfloat16'."
+        raise _validate.invalid("dtype", policy.name, "no float16 policy", mend)
+
+
+def check_guidance(mechanism: Mechanism, generator_covered: bool) -> None:
+    """Refuses queries that carry records past a mechanism of unit `RECORD`."""
+    releases = mechanism.unit is Unit.RECORD and not isinstance(mechanism, Inherited)
+    if releases and not generator_covered:
+        mend = "Let the student guide the generator."
+        expected = f"True with {mechanism.name}: no generator that the teacher guided"
+        raise _validate.invalid("generator_covered", generator_covered, expected, mend)
+
+
+def check_second_student(
+    second: keras.Model, student: keras.Model, teacher: Teacher, mechanism: Mechanism
+) -> None:
+    """Refuses a second student that cannot learn beside the first."""
+    if not isinstance(mechanism, AnswerMechanism):
+        mend = "The noise of a gradient is for one student."
+        expected = f"None with {mechanism.name}, which releases no answers"
+        raise _validate.invalid("second_student", second, expected, mend)
+    own = {id(variable) for variable in student.variables}
+    if any(id(variable) in own for variable in second.variables):
+        expected = "a student that shares no weights with the first"
+        raise _validate.invalid("second_student", second, expected)
+    check_student(second, teacher)
+
+
+def check_objective(
+    objective: GeneratorObjective,
+    mechanism: Mechanism,
+    second_student: keras.Model | None,
+) -> None:
+    """Refuses terms that need more than the students' logits.
+
+    A teacher that is itself private may be read, too.
+    """
+    refused = ["activation", "batch_norm_statistics"]
+    if second_student is None:
+        refused.append("student_disagreement")
+    if not isinstance(mechanism, Inherited):
+        refused.append("adversarial")
+    for name in refused:
+        if getattr(objective, name) != 0:
+            expected = f"an objective of the student's logits alone, with {name}=0"
+            raise _validate.invalid("objective", objective, expected)
+
+
+def check_queries(queries: Queries, mechanism: Mechanism, replicas: int) -> None:
+    """Refuses a sampler that the mechanism's cost is not stated for."""
+    _validate.instance_of("queries", queries, (FreshQueries, QueryPool))
+    if isinstance(queries, QueryPool) and mechanism.unit is Unit.RECORD:
+        mend = "Sampling queries hides no record: each can change every answer."
+        expected = f"FreshQueries with {mechanism.name}, of unit RECORD"
+        raise _validate.invalid("queries", queries, expected, mend)
+    reusable = isinstance(mechanism, GradientMechanism) and mechanism.reusable
+    if isinstance(queries, QueryPool) and not reusable:
+        mend = "It noises every answer by itself; use FreshQueries."
+        expected = f"FreshQueries with {mechanism.name}"
+        raise _validate.invalid("queries", queries, expected, mend)
+    for name in ("batch_size", "size"):
+        if getattr(queries, name, replicas) % replicas:
+            expected = f"a multiple of the {replicas} replicas"
+            raise _validate.invalid(name, getattr(queries, name), expected)
