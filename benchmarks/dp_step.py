@@ -1,7 +1,7 @@
 """Cost of one differentially private student step, in plain Keras steps.
 
     python benchmarks/dp_step.py --output=dp_step.json
-    python benchmarks/dp_step.py --nets=mlp,lenet --paths=ghost,vectorized
+    python benchmarks/dp_step.py --nets=mlp,lenet --paths=ghost,ghost/2,vectorized
     python benchmarks/peers/make_environments.py --peers_dir=.peers
     python benchmarks/dp_step.py --peers_dir=.peers
 
@@ -9,7 +9,8 @@ A step is everything: forward, backward, per-example bounding, Gaussian noise an
 optimizer's update. Plain and private steps alternate in one process, and the ratio is
 that of their medians. A peer runs in an environment of its own, beside its own
 framework's plain step, with the number of threads that suits it best. Peak memory is
-that of a process which runs nothing else. Writes JSON and, beside it, a bar chart.
+that of a process which runs nothing else. `ghost/2` computes the batch in two
+micro-batches. Writes JSON and, beside it, a bar chart.
 """
 
 import argparse
@@ -28,7 +29,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 NETS = ("mlp", "lenet", "wide", "resnet")
-PATHS = ("ghost", "vectorized", "tf_privacy")
 PEERS = {
     "opacus_hooks": ("opacus", "opacus_step.py"),
     "opacus_ghost": ("opacus", "opacus_step.py"),
@@ -123,7 +123,7 @@ def plain_step(model):
     return lambda images, labels: step(images, labels)["loss"].numpy()
 
 
-def private_step(model, clipping, noise=True):
+def private_step(model, path, noise=True):
     """Returns the private step: normalised gradients, Gaussian noise, SGD."""
     import keras
     import tensorflow as tf
@@ -133,6 +133,7 @@ def private_step(model, clipping, noise=True):
 
     source, optimizer = NoiseSource(seed=0), keras.optimizers.SGD(0.01)
     optimizer.build(model.trainable_variables)
+    clipping, _, microbatches = path.partition("/")
 
     @tf.function
     def step(images, labels):
@@ -144,6 +145,7 @@ def private_step(model, clipping, noise=True):
             l2_norm=1.0,
             normalize=True,
             clipping=clipping,
+            microbatches=int(microbatches or 1),
         )
         gradients, size = total.gradients, tf.cast(tf.shape(labels)[0], tf.float32)
         if noise:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from dp_transcribe import _validate
 from dp_transcribe.ensembles import TeacherEnsemble
@@ -31,6 +32,7 @@ from dp_transcribe.queries import FreshQueries, Queries, QueryPool
 from dp_transcribe.students import lenet_student
 from dp_transcribe.teachers import Teacher
 from dp_transcribe.transcriber import DPTranscriber
+from dp_transcribe.wavelet_student import wavelet_student
 
 METHODS = ("dpdfd", "srr", "dpsd_data", "dpsd_label")
 
@@ -41,8 +43,8 @@ REPLAY_SIZE = 2**19
 # of the queries are answered among all classes, and its prediction is smoothed then.
 UNIFORM_SHARE = 0.6
 SMOOTHING, NOISY_SMOOTHING = 0.5, 0.3
-# Images drawn for each query that is answered by itself; the student picks.
-CANDIDATES = 3
+# Images of the prior that whiten a wavelet student's features.
+PUBLIC_IMAGES = 4000
 
 
 def dpdfd(
@@ -75,6 +77,9 @@ def dpdfd(
         arXiv:2304.12528. Pools of queries, the public prior and the averaged
         iterates are this library's.
     """
+    teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+    if student is None:
+        student = lenet_student(teacher.input_shape, teacher.num_classes)
     updates = 5
     total = epochs * steps_per_epoch * updates
     # Two pools: the second is asked with the generator as it then is.
@@ -90,6 +95,7 @@ def dpdfd(
         keras.optimizers.SGD(rate, momentum=0.9, use_ema=True, ema_momentum=0.98),
         schedule=(epochs, steps_per_epoch),
         student_updates=updates,
+        balance_classes=True,
         seed=seed,
     )
 
@@ -109,7 +115,7 @@ def srr(
     Args:
         teacher: a `Teacher`, or what `Teacher` takes.
         prior: public source of most queries; a new generator is pretrained on it.
-        student: logits `[batch, classes]`; a LeNet with tanh by default.
+        student: logits `[batch, classes]`; a `wavelet_student` by default.
         generator: a trainable generator; it is guided by the teacher here.
         epochs: of the default schedule.
         steps_per_epoch: of the default schedule.
@@ -158,7 +164,7 @@ def dpsd(
         prior: public source of most queries; a new generator is pretrained on it.
         protect: "data" adds Gaussian noise to the answer, "label" is randomised
             response among the student's likeliest classes.
-        student: logits `[batch, classes]`; a LeNet with tanh by default.
+        student: logits `[batch, classes]`; a `wavelet_student` by default.
         generator: a trainable generator; by default a pretrained `ConvGenerator`.
         epochs: of the default schedule.
         steps_per_epoch: of the default schedule.
@@ -205,8 +211,7 @@ def transcribe_private_teacher(
         teacher: a `Teacher` with a statement, as `fit_private_teacher` and
             `fit_scattering_teacher` return it and `load_teacher` reads it.
         prior: public source of the queries.
-        student: logits `[batch, classes]`; by default a LeNet of four times the usual
-            width, since no noise grows with the number of weights.
+        student: logits `[batch, classes]`; a `wavelet_student` by default.
         generator: a trainable generator of a tenth of the queries, which may be guided
             by the teacher; by default the prior makes them all.
         temperature: see `Inherited`.
@@ -226,13 +231,9 @@ def transcribe_private_teacher(
     teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
     statement = check_inheritable(teacher.statement, "teacher.statement")
     if student is None:
-        student = lenet_student(
-            teacher.input_shape,
-            teacher.num_classes,
-            filters=(32, 64),
-            units=128,
-            activation="relu",
-        )
+        # No noise grows with the number of weights here.
+        head = {"directions": 1000, "units": (256,)}
+        student = _wavelet_student(teacher, prior, seed, **head)
     return _by_answers(
         teacher,
         prior,
@@ -240,8 +241,7 @@ def transcribe_private_teacher(
         generator or prior,
         Inherited(statement, temperature),
         schedule=(epochs, steps_per_epoch),
-        batch_size=256,
-        learning_rate=2e-3,
+        batch_size=512,
         updates=8,
         seed=seed,
     )
@@ -265,7 +265,7 @@ def pate(
         prior: public source of the queries.
         release: "votes" keeps the noisy counts, "label" only the class that leads
             (GNMax as published). The cost is the same.
-        student: logits `[batch, classes]`; a LeNet with tanh by default.
+        student: logits `[batch, classes]`; a `wavelet_student` by default.
         generator: a trainable generator of a tenth of the queries, guided by the
             student; by default the prior makes them all.
         epochs: of the default schedule.
@@ -291,7 +291,6 @@ def pate(
         NoisyVotes(num_teachers=_num_teachers(ensemble), released=release),
         schedule=(epochs, steps_per_epoch),
         batch_size=512,
-        learning_rate=2e-3,
         updates=24,
         seed=seed,
     )
@@ -312,7 +311,7 @@ def pate_gradient(
     Args:
         ensemble: from `train_shard_teachers`.
         prior: public source of the queries.
-        student: logits `[batch, classes]`; a LeNet with tanh by default.
+        student: logits `[batch, classes]`; a `wavelet_student` by default.
         generator: a trainable generator of a tenth of the queries, guided by the
             student; by default the prior makes them all.
         epochs: of the default schedule.
@@ -325,6 +324,9 @@ def pate_gradient(
     **Privacy**: unit `RECORD`, replace-one; every update is a release and all of them
     compose. Student and generator are covered.
     """
+    num_teachers = _num_teachers(ensemble)
+    if student is None:
+        student = _wavelet_student(ensemble, prior, seed, units=())
     rate = keras.optimizers.schedules.CosineDecay(
         2e-3, epochs * steps_per_epoch, alpha=0.05
     )
@@ -333,7 +335,7 @@ def pate_gradient(
         prior,
         student,
         generator or prior,
-        EnsembleGradient(num_teachers=_num_teachers(ensemble)),
+        EnsembleGradient(num_teachers=num_teachers),
         FreshQueries(batch_size=256),
         keras.optimizers.Adam(rate, use_ema=True, ema_momentum=0.95),
         schedule=(epochs, steps_per_epoch),
@@ -357,11 +359,14 @@ def _by_answers(
     *,
     schedule: tuple[int, int],
     batch_size: int = 2048,
-    learning_rate: float = 4e-3,
+    learning_rate: float = 2e-3,
     updates: int = 4,
     **kwargs: Any,
 ) -> DPTranscriber:
     """What the methods share that release every answer by itself."""
+    teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+    if student is None:
+        student = _wavelet_student(teacher, prior, kwargs.get("seed"))
     epochs, steps_per_epoch = schedule
     queries = FreshQueries(batch_size=batch_size)
     steps = epochs * steps_per_epoch
@@ -381,7 +386,7 @@ def _by_answers(
         replay_size=min(REPLAY_SIZE, steps * queries.batch_size),
         replay_batch_size=batch_size,
         uniform_prior_queries=int(UNIFORM_SHARE * steps * queries.batch_size),
-        **{"candidates_per_query": CANDIDATES, **kwargs},
+        **kwargs,
     )
 
 
@@ -397,9 +402,6 @@ def _transcriber(
     schedule: tuple[int, int],
     **kwargs: Any,
 ) -> DPTranscriber:
-    teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
-    if student is None:
-        student = lenet_student(teacher.input_shape, teacher.num_classes)
     transcriber = DPTranscriber(
         teacher,
         student,
@@ -408,7 +410,6 @@ def _transcriber(
         queries=queries,
         public_prior=prior,
         public_share=0.9,
-        balance_classes=True,
         schedule=schedule,
         objective=GeneratorObjective(one_hot=1.0, information_entropy=5.0),
         **kwargs,
@@ -419,6 +420,19 @@ def _transcriber(
         metrics=["accuracy"],
     )
     return transcriber
+
+
+def _wavelet_student(
+    teacher: Teacher, prior: ProceduralGenerator, seed: int | None, **head: Any
+) -> keras.Model:
+    """A `wavelet_student` whitened by the prior."""
+    where = tf.constant([(seed or 0) % 2**31, PUBLIC_IMAGES], tf.int32)
+    return wavelet_student(
+        teacher.input_shape,
+        teacher.num_classes,
+        public_images=prior.sample(PUBLIC_IMAGES, where),
+        **{"units": (64,), **head},
+    )
 
 
 def _pretrained(

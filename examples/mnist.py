@@ -383,9 +383,12 @@ def build(config: ExampleConfig, teacher: dpt.Teacher) -> dpt.DPTranscriber:
     settings: dict[str, Any] = {"seed": config.seed, **config.schedule}
     if config.unit == "record":
         return ROUTES[config.route].build(teacher, prior, **settings)
-    width = STUDENTS.get(config.dataset, {})
-    student = lenet_student(teacher.input_shape, teacher.num_classes, **width)
-    return BUILDERS[config.method](teacher, prior, student=student, **settings)
+    if config.method == "dpdfd":
+        width = STUDENTS.get(config.dataset, {})
+        settings["student"] = lenet_student(
+            teacher.input_shape, teacher.num_classes, **width
+        )
+    return BUILDERS[config.method](teacher, prior, **settings)
 
 
 def transcribe(run: Transcription) -> bool:
