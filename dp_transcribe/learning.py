@@ -36,6 +36,7 @@ from dp_transcribe.queries import (
     quantize,
     uncertain_rows,
 )
+from dp_transcribe.students import split_frozen
 from dp_transcribe.workers import gather_parts, own_replicas
 
 # A class is never taken to be rarer than this share of its fair frequency.
@@ -44,6 +45,8 @@ RAREST = 0.05
 # looked at for them per `train_step`; how fast they follow private answers at last.
 PREDICTION_RATE, LOOKED_AT = 0.05, 256
 ANSWER_RATE = 0.01
+# Queries that pass the frozen part of the student together after loading.
+RENEWED_AT_ONCE = 2000
 
 if TYPE_CHECKING:
     from dp_transcribe.transcriber import DPTranscriber
@@ -60,6 +63,9 @@ class Learner:
         self.owner = owner
         self.replicas = owner.distribute_strategy.num_replicas_in_sync
         self.output_range = owner.teacher.input_range
+
+    def prepare(self) -> None:
+        """Makes ready for a run, when all weights are those to go on with."""
 
     def ask(
         self, count: tf.Tensor | int, number: tf.Tensor, chunk: tf.Tensor | int
@@ -220,7 +226,16 @@ class AnswerLearner(Learner):
         super().__init__(owner)
         self.batch_size = owner.replay_batch_size
         shape, classes = owner.teacher.input_shape, owner.teacher.num_classes
-        self.replay = Replay(owner.replay_size // self.replicas, shape, classes)
+        self.front: keras.Model | None = None
+        self.learns: keras.Model = owner.student
+        # What is frozen is computed once for each query, not once for each update.
+        split = split_frozen(owner.student)
+        if split is not None and owner.second_student is None:
+            self.front, self.learns = split
+        features = None if self.front is None else self.front.output_shape[1:]
+        size = owner.replay_size // self.replicas
+        self.replay = Replay(size, shape, classes, features)
+        self._features_missing = 0
 
     @property
     def mechanism(self) -> AnswerMechanism:
@@ -267,6 +282,29 @@ class AnswerLearner(Learner):
                 part[:filled].assign(value[replica])
         for part, replica in zip(written, own, strict=True):
             part.assign(values[-1][replica])
+        self._features_missing = filled
+
+    def prepare(self) -> None:
+        """Computes the features of a replay that was loaded, before a run."""
+        filled, self._features_missing = self._features_missing, 0
+        if self.front is None or filled == 0:
+            return
+        strategy = self.owner.distribute_strategy
+        parts = map(
+            strategy.experimental_local_results,
+            (self.replay.codes, self.replay.features),
+        )
+        for codes, features in zip(*parts, strict=True):
+            for start in range(0, filled, RENEWED_AT_ONCE):
+                rows = slice(start, min(start + RENEWED_AT_ONCE, filled))
+                queries = dequantize(codes[rows], self.output_range)
+                features[rows].assign(tf.cast(self._embed(queries), tf.float16))
+
+    def _embed(self, queries: tf.Tensor) -> tf.Tensor:
+        """What the part of the student that learns takes: features, or the queries."""
+        if self.front is None:
+            return queries
+        return tf.cast(self.front(queries, training=False), tf.float32)
 
     def _replay_parts(self) -> list[tuple[tf.Variable, ...]]:
         """The replay's variables, for each the copies in this process."""
@@ -293,14 +331,15 @@ class AnswerLearner(Learner):
         count = owner.queries.batch_size // self.replicas
         codes, answers = self.ask(count, number, 0)
         queries = dequantize(codes, self.output_range)
-        logits = tf.cast(owner.student(queries, training=False), tf.float32)
+        inputs = self._embed(queries)
+        logits = tf.cast(self.learns(inputs, training=False), tf.float32)
         adjusted = logits + self.log_frequencies
         seed = owner.noise.stream(number, ANSWERS, part=replica_index())
         released = mechanism.release(answers, self._prior(adjusted), seed)
         if owner.balance_classes:
             self._count_classes(released)
         rows = tf.stack([released.answers, released.candidates], 1)
-        self.replay.add(codes, rows)
+        self.replay.add(codes, rows, inputs)
         agree = tf.argmax(adjusted, -1) == mechanism.labels(released)
         return tf.reduce_mean(tf.cast(agree, tf.float32))
 
@@ -327,23 +366,26 @@ class AnswerLearner(Learner):
         owner = self.owner
         number = owner.noise.advance()
         seed = owner.noise.stream(number, SAMPLING, part=replica_index())
-        codes, rows = self.replay.sample(self.batch_size // self.replicas, seed)
+        drawn, rows = self.replay.sample(self.batch_size // self.replicas, seed)
         released = Released(rows[:, 0], rows[:, 1])
-        queries = dequantize(codes, self.output_range)
-        loss = self._learn(owner.student, owner.student_optimizer, queries, released)
+        if self.front is None:
+            inputs = dequantize(drawn, self.output_range)
+        else:
+            inputs = tf.cast(drawn, tf.float32)
+        loss = self._learn(self.learns, owner.student_optimizer, inputs, released)
         if owner.second_student is not None:
-            self._learn(owner.second_student, owner.second_optimizer, queries, released)
+            self._learn(owner.second_student, owner.second_optimizer, inputs, released)
         return loss
 
     def _learn(
         self,
         student: keras.Model,
         optimizer: keras.optimizers.Optimizer,
-        queries: tf.Tensor,
+        inputs: tf.Tensor,
         released: Released,
     ) -> tf.Tensor:
         with tf.GradientTape() as tape:
-            logits = tf.cast(student(queries, training=True), tf.float32)
+            logits = tf.cast(student(inputs, training=True), tf.float32)
             logits += self.log_frequencies
             loss = tf.reduce_mean(self.mechanism.loss(released, logits))
         variables = student.trainable_variables

@@ -316,35 +316,61 @@ class Replay:
         size: number of queries kept by this replica.
         image_shape: shape of one query.
         num_classes: length of an answer.
+        feature_shape: shape of what the frozen part of the student makes of a query,
+            which is then kept beside it in half precision; None keeps queries alone.
     """
 
     def __init__(
-        self, size: int, image_shape: tuple[int, ...], num_classes: int
+        self,
+        size: int,
+        image_shape: tuple[int, ...],
+        num_classes: int,
+        feature_shape: tuple[int, ...] | None = None,
     ) -> None:
         self.size = size
         self.codes = local_variable((size, *image_shape), tf.uint8)
+        self.features: Any = None
+        if feature_shape is not None:
+            self.features = local_variable((size, *feature_shape), tf.float16)
         self.released = local_variable((size, 2, num_classes), tf.float32)
         self.written = local_variable((), tf.int64)
 
-    def add(self, codes: tf.Tensor, released: tf.Tensor) -> None:
-        """Appends `[n, ...]` codes and `[n, 2, classes]` released answers."""
+    def add(
+        self, codes: tf.Tensor, released: tf.Tensor, features: tf.Tensor | None = None
+    ) -> None:
+        """Appends rows.
+
+        Args:
+            codes: uint8 `[n, *image_shape]`.
+            released: answers `[n, 2, classes]`.
+            features: `[n, *feature_shape]`; not read where only queries are kept.
+        """
         count, written = tf.shape(codes, tf.int64)[0], local_part(self.written)
         rows = (written + tf.range(count)) % self.size
-        local_part(self.codes).scatter_update(tf.IndexedSlices(codes, rows))
-        local_part(self.released).scatter_update(tf.IndexedSlices(released, rows))
+        kept = [(self.codes, codes), (self.released, released)]
+        if self.features is not None:
+            kept.append((self.features, tf.cast(features, tf.float16)))
+        for variable, values in kept:
+            local_part(variable).scatter_update(tf.IndexedSlices(values, rows))
         written.assign_add(count)
 
     def sample(self, count: int, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Draws codes `[count, ...]`, answers `[count, 2, classes]`; may repeat."""
+        """Draws rows; may repeat.
+
+        Returns:
+            What the student learns from, features where they are kept and codes
+            otherwise, `[count, ...]`, and answers `[count, 2, classes]`.
+        """
         filled = tf.minimum(local_part(self.written).value(), self.size)
         rows = tf.random.stateless_uniform([count], seed, 0, filled, tf.int64)
-        codes, released = local_part(self.codes), local_part(self.released)
-        return tf.gather(codes, rows), tf.gather(released, rows)
+        inputs = self.codes if self.features is None else self.features
+        drawn = tf.gather(local_part(inputs), rows)
+        return drawn, tf.gather(local_part(self.released), rows)
 
     def filled(self, written: int) -> int:
         """How many queries are kept after so many were written."""
         return min(written, self.size)
 
     def variables(self) -> list[Any]:
-        """What a checkpoint keeps; all of it was released."""
+        """What a checkpoint keeps: not the features, which follow from the codes."""
         return [self.codes, self.released, self.written]

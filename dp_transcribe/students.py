@@ -137,6 +137,30 @@ def replace_batch_norm(model: keras.Model, groups: int = 8) -> keras.Model:
     return copy
 
 
+def split_frozen(student: keras.Model) -> tuple[keras.Model, keras.Model] | None:
+    """The frozen first layers of a student, and the part that learns.
+
+    Args:
+        student: a Functional or Sequential model.
+
+    Returns:
+        Two models that share the student's layers and follow one another, or None if
+        nothing is frozen, if what is frozen is not all in front, or if it is random.
+    """
+    learning = [layer for layer in student.layers if layer.trainable_variables]
+    try:
+        front = keras.Model(student.inputs[0], learning[0].input)
+        head = keras.Model(learning[0].input, student.outputs[0])
+    except (AttributeError, IndexError, TypeError, ValueError):
+        return None  # no single tensor stands between the two
+    of_head = {id(variable) for variable in head.trainable_variables}
+    complete = all(id(v) in of_head for v in student.trainable_variables)
+    random = any("seed_generator" in variable.path for variable in front.variables)
+    if not front.weights or front.trainable_variables or random or not complete:
+        return None
+    return front, head
+
+
 def _clone(model: keras.Model, groups: int) -> keras.Model:
     """A copy of `model` with new weights and no batch normalisation."""
 

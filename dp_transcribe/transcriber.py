@@ -473,7 +473,7 @@ class DPTranscriber(keras.Model):
 
     def _prepare(self) -> None:
         """Builds everything that Keras would build from a batch of data."""
-        self._make_learner()
+        self._make_learner().prepare()
         logits = tf.zeros([1, self.teacher.num_classes])
         labels = tf.zeros([1], tf.int32)
         self.compute_loss(y=labels, y_pred=logits)

@@ -293,6 +293,31 @@ def test_learning_from_the_replay_leaves_ledger_and_replay_alone():
         assert np.array_equal(old, new)
 
 
+def test_a_frozen_front_is_computed_once_and_changes_nothing():
+    """The same run with a second student, which keeps queries alone in the replay."""
+
+    def run(**kwargs):
+        student = tiny.frozen_front_model()
+        model = tiny.transcriber(
+            NoisyAnswer(noise_multiplier=1.0), student=student, **kwargs
+        )
+        tiny.fit(model, 3)
+        return model
+
+    split, whole = run(), run(second_student=tiny.linear_model(3))
+    assert split._learner.front is not None and whole._learner.front is None
+    codes, _, _ = split._learner.get_replay()
+    images = dequantize(tf.constant(codes[0]), (0.0, 1.0))
+    kept = split._learner.replay.features.numpy()[:48]
+    np.testing.assert_allclose(kept, split._learner.front(images), atol=2e-3)
+    np.testing.assert_allclose(
+        tiny.flat_weights(split.student), tiny.flat_weights(whole.student), atol=2e-3
+    )
+    assert not np.array_equal(
+        split.student.layers[-1].kernel, tiny.conv_model().layers[-1].kernel
+    )
+
+
 def test_the_replay_holds_released_answers_and_no_raw_ones():
     model = tiny.transcriber(RandomizedResponse(epsilon=0.5))
     model.fit(epochs=1, steps_per_epoch=4, verbose=0)

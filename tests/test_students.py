@@ -9,6 +9,7 @@ from dp_transcribe.students import (
     lenet_student,
     mlp_student,
     replace_batch_norm,
+    split_frozen,
 )
 from dp_transcribe.teachers import Teacher
 
@@ -139,3 +140,54 @@ def test_float16_is_refused_and_bfloat16_allowed(teacher):
         with pytest.raises(ValueError, match="float16.*hidden"):
             check_student(build(policy), teacher)
     check_student(build("mixed_bfloat16"), teacher)
+
+
+def _two_part(*front):
+    inputs = layers.Input((6,))
+    x = inputs
+    for layer in front:
+        x = layer(x)
+    return keras.Model(inputs, layers.Dense(3)(layers.Dense(5, "relu")(x)))
+
+
+def _frozen(units=4):
+    return layers.Dense(units, "tanh", trainable=False)
+
+
+def test_split_gives_two_models_that_follow_one_another():
+    student = _two_part(_frozen(), _frozen(7))
+    front, head = split_frozen(student)
+    rows = np.random.default_rng(0).normal(size=(9, 6)).astype("float32")
+    np.testing.assert_allclose(head(front(rows)), student(rows), rtol=1e-6)
+    assert front.output_shape == (None, 7)
+    assert {id(v) for v in head.trainable_variables} == {
+        id(v) for v in student.trainable_variables
+    }
+
+
+def test_split_of_a_sequential_student_shares_its_weights():
+    student = keras.Sequential([layers.Input((6,)), _frozen(), layers.Dense(3)])
+    _, head = split_frozen(student)
+    student.layers[-1].set_weights([np.ones((4, 3)), np.ones(3)])
+    np.testing.assert_allclose(head(np.ones((1, 4), "float32")), [[5.0, 5.0, 5.0]])
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        lambda: lenet_student((28, 28, 1), 4),
+        lambda: _two_part(),
+        lambda: _two_part(layers.Dense(4), _frozen()),
+        lambda: _two_part(_frozen(), layers.Dropout(0.5)),
+        lambda: keras.Sequential([layers.Input((6,)), _frozen()]),
+    ],
+)
+def test_nothing_is_split_that_is_not_frozen_alike_for_every_update(student):
+    assert split_frozen(student()) is None
+
+
+def test_nothing_is_split_where_two_tensors_pass():
+    inputs = layers.Input((6,))
+    frozen = _frozen()(inputs)
+    both = layers.Concatenate()([layers.Dense(4)(frozen), inputs])
+    assert split_frozen(keras.Model(inputs, layers.Dense(3)(both))) is None

@@ -12,6 +12,7 @@ from dp_transcribe.mechanisms import (
     ClippedGradient,
     NoisyAnswer,
     NormalizedGradient,
+    RandomizedResponse,
     SelectiveRandomizedResponse,
 )
 from dp_transcribe.queries import FreshQueries
@@ -72,6 +73,32 @@ def test_resuming_equals_the_uninterrupted_run(mechanism, queries, done, tmp_pat
         replays = [m._learner.get_replay() for m in (resumed, whole)]
         for a, b in zip(*replays, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_features_of_a_frozen_front_are_computed_anew(weights_only, tmp_path):
+    def made(seed):
+        student = tiny.frozen_front_model(seed)
+        return adam_model(RandomizedResponse(epsilon=1.0), student=student)
+
+    whole, part = made(0), made(0)
+    fit(whole, 3)
+    fit(part, 2)
+    if weights_only:
+        part.save_weights(tmp_path / "part.weights.h5")
+        resumed = made(3)  # of another front, which must not be used
+        resumed.load_weights(tmp_path / "part.weights.h5")
+    else:
+        part.save_checkpoint(tmp_path / "part.keras")
+        resumed = keras.saving.load_model(tmp_path / "part.keras")
+    fit(resumed, 1)
+    assert resumed._learner.front is not None
+    np.testing.assert_allclose(
+        resumed._learner.replay.features.numpy()[:48],
+        whole._learner.replay.features.numpy()[:48],
+        atol=2e-3,
+    )
+    assert_same(resumed, whole)
 
 
 def test_a_checkpoint_holds_the_calibrated_noise_and_the_delta(tmp_path):

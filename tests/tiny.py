@@ -63,6 +63,13 @@ def conv_model(seed=0):
     )
 
 
+def frozen_front_model(seed=0):
+    """A frozen convolution before the dense layer that learns."""
+    model = conv_model(seed)
+    model.layers[0].trainable = False
+    return model
+
+
 def linear_teacher(seed=5):
     return Teacher(linear_model(seed))
 
