@@ -11,9 +11,11 @@ import pytest
 import tensorflow as tf
 
 from dp_transcribe.export import export_student
+from dp_transcribe.generators import PowerLawNoise
 from dp_transcribe.privacy.ledger import Ledger
 from dp_transcribe.privacy.statement import statement_from_ledger
 from dp_transcribe.privacy.units import Unit
+from dp_transcribe.wavelet_student import wavelet_student
 
 layers = keras.layers
 SERVING = Path(__file__).parents[2] / "serving"
@@ -39,11 +41,9 @@ class Served:
         np.testing.assert_array_equal(answer["class"], self.logits.argmax(-1))
 
 
-@pytest.fixture(scope="session")
-def served(tmp_path_factory) -> Served:
-    """A student of every kind of layer that the package recommends, exported."""
-    keras.utils.set_random_seed(1)
-    student = keras.Sequential(
+def _layers() -> keras.Model:
+    """Every kind of layer that the package recommends."""
+    return keras.Sequential(
         [
             layers.Input((28, 28, 1)),
             layers.Conv2D(8, 5, strides=2, activation="tanh"),
@@ -55,9 +55,22 @@ def served(tmp_path_factory) -> Served:
             layers.Dense(10),
         ]
     )
+
+
+def _wavelets() -> keras.Model:
+    shape = (28, 28, 1)
+    images = PowerLawNoise(shape).sample(50, tf.constant([1, 2]))
+    return wavelet_student(shape, 10, public_images=images, directions=20, units=(8,))
+
+
+@pytest.fixture(scope="session", params=[_layers, _wavelets])
+def served(request, tmp_path_factory) -> Served:
+    """An exported student."""
+    keras.utils.set_random_seed(1)
+    student = request.param()
     statement = statement_from_ledger(Ledger(), unit=Unit.RESPONSE, delta=1e-5)
     folder = tmp_path_factory.mktemp("student") / "1"
     export_student(student, folder, statement=statement)
-    request = json.loads((SERVING / "request.json").read_text(encoding="utf-8"))
-    images = np.array([row["image"] for row in request["instances"]], np.float32)
-    return Served(folder, request, images, student.predict(images, verbose=0))
+    sent = json.loads((SERVING / "request.json").read_text(encoding="utf-8"))
+    images = np.array([row["image"] for row in sent["instances"]], np.float32)
+    return Served(folder, sent, images, student.predict(images, verbose=0))
