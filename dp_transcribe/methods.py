@@ -29,6 +29,7 @@ from dp_transcribe.mechanisms.randomized_response import SelectiveRandomizedResp
 from dp_transcribe.mechanisms.weight_gradient import NormalizedGradient
 from dp_transcribe.privacy.inheritance import check_inheritable
 from dp_transcribe.queries import FreshQueries, Queries, QueryPool
+from dp_transcribe.schedules import DelayedCosineDecay
 from dp_transcribe.students import lenet_student
 from dp_transcribe.teachers import Teacher
 from dp_transcribe.transcriber import DPTranscriber
@@ -38,10 +39,10 @@ METHODS = ("dpdfd", "srr", "dpsd_data", "dpsd_label")
 
 # A generator is pretrained on the prior by so many updates.
 PRETRAINING_STEPS = 300
-REPLAY_SIZE = 2**19
-# Candidates chosen by a student that knows little leave the truth out: the first 60 %
+REPLAY_SIZE = 2**20
+# Candidates chosen by a student that knows little leave the truth out: the first 90 %
 # of the queries are answered among all classes, and its prediction is smoothed then.
-UNIFORM_SHARE = 0.6
+UNIFORM_SHARE = 0.9
 SMOOTHING, NOISY_SMOOTHING = 0.5, 0.3
 # Images of the prior that whiten a wavelet student's features.
 PUBLIC_IMAGES = 4000
@@ -179,6 +180,10 @@ def dpsd(
     References:
         arXiv:2601.19090.
     """
+    teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+    if student is None and protect == "data":
+        # Noisy answers tell less: fewer weights learn less of the noise by heart.
+        student = _wavelet_student(teacher, prior, seed, units=())
     mechanisms: dict[str, Mechanism] = {
         "data": NoisyAnswer(smoothing=NOISY_SMOOTHING),
         "label": SelectiveRandomizedResponse(smoothing=SMOOTHING),
@@ -242,7 +247,9 @@ def transcribe_private_teacher(
         Inherited(statement, temperature),
         schedule=(epochs, steps_per_epoch),
         batch_size=512,
+        learning_rate=2e-3,
         updates=8,
+        delay=0.0,  # without noise there is nothing to learn by heart
         seed=seed,
     )
 
@@ -283,15 +290,18 @@ def pate(
         arXiv:1610.05755, arXiv:1802.08908, with random processes in place of the real
         images that PATE asks about.
     """
+    mechanism = NoisyVotes(num_teachers=_num_teachers(ensemble), released=release)
+    if student is None:
+        student = _wavelet_student(ensemble, prior, seed, units=())
     return _by_answers(
         ensemble,
         prior,
         student,
         generator or prior,
-        NoisyVotes(num_teachers=_num_teachers(ensemble), released=release),
+        mechanism,
         schedule=(epochs, steps_per_epoch),
         batch_size=512,
-        updates=24,
+        updates=64,
         seed=seed,
     )
 
@@ -359,8 +369,9 @@ def _by_answers(
     *,
     schedule: tuple[int, int],
     batch_size: int = 2048,
-    learning_rate: float = 2e-3,
-    updates: int = 4,
+    learning_rate: float = 4e-3,
+    updates: int = 16,
+    delay: float = 0.8,
     **kwargs: Any,
 ) -> DPTranscriber:
     """What the methods share that release every answer by itself."""
@@ -370,9 +381,7 @@ def _by_answers(
     epochs, steps_per_epoch = schedule
     queries = FreshQueries(batch_size=batch_size)
     steps = epochs * steps_per_epoch
-    rate = keras.optimizers.schedules.CosineDecay(
-        learning_rate, steps * updates, alpha=0.02
-    )
+    rate = DelayedCosineDecay(learning_rate, steps * updates, delay)
     return _transcriber(
         teacher,
         prior,
@@ -431,7 +440,7 @@ def _wavelet_student(
         teacher.input_shape,
         teacher.num_classes,
         public_images=prior.sample(PUBLIC_IMAGES, where),
-        **{"units": (64,), **head},
+        **{"units": (128,), **head},
     )
 
 

@@ -95,13 +95,13 @@ def public_source(dataset: ImageDataset) -> Mixture:
 
 
 def private_features(
-    dataset: ImageDataset, kernel: Kernel, cache_dir: str | None
+    dataset: ImageDataset, kernel: Kernel, cache_dir: str | None, tag: str = ""
 ) -> np.ndarray:
     """Features of the private images, from the cache if they are there."""
     if cache_dir is None:
         return embed_in_batches(kernel, dataset.train_images)
     folder = _validate.writable_dir("cache_dir", cache_dir)
-    path = folder / f"{dataset.name}-{dataset.source}-{FLAGS.kernel}.npy"
+    path = folder / f"{dataset.name}-{dataset.source}-{FLAGS.kernel}{tag}.npy"
     if not path.exists():
         everything = load_dataset(dataset.name, FLAGS.data_dir).train_images
         np.save(path, embed_in_batches(kernel, everything))
@@ -129,13 +129,15 @@ def asked_for(plan: Any) -> Any:
     )
 
 
-def settings() -> Distillation:
-    """The settings of the linear route that the flags say."""
-    own = Distillation()
+def settings(dataset: ImageDataset) -> Distillation:
+    """The settings of the linear route that the flags say, or the data set's own."""
+    natural = DOMAINS[dataset.name] == "natural"
+    own = Distillation.for_natural_images() if natural else Distillation()
     synthesis = Synthesis(
         images_per_class=FLAGS.images_per_class, steps=FLAGS.synthesis_steps
     )
-    return Distillation(
+    return dataclasses.replace(
+        own,
         training=asked_for(own.training),
         synthesis=synthesis,
         damping_rank=FLAGS.damping_rank or own.damping_rank,
@@ -146,7 +148,10 @@ def by_linear_model(
     dataset: ImageDataset, kernel: Kernel, cache_dir: str | None, watch: Stopwatch
 ) -> DistilledDataset:
     """Through a private linear model; the images are made from it at no cost."""
-    features = private_features(dataset, kernel, cache_dir)
+    plan = settings(dataset)
+    embedded_by = plan.record_kernel(kernel)
+    tag = "-mirrored" if plan.mirrored else ""
+    features = private_features(dataset, embedded_by, cache_dir, tag)
     watch.lap("features")
     return distill(
         dataset.train_images,
@@ -156,7 +161,7 @@ def by_linear_model(
         source=public_source(dataset),
         target_epsilon=FLAGS.epsilon,
         delta=FLAGS.delta,
-        settings=settings(),
+        settings=plan,
         features=features,
         seed=FLAGS.seed,
     )[0]

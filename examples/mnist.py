@@ -270,7 +270,8 @@ def private_teacher(
 
     It is kept for the same privacy target: training it again would spend again.
     """
-    settings = Distillation()
+    natural = PRIOR_DOMAINS[dataset.name] == "natural"
+    settings = Distillation.for_natural_images() if natural else Distillation()
     facts = (config.epsilon, config.delta, config.seed, settings)
     path = cached_path(config, dataset, facts)
     cached = cached_teacher(path)

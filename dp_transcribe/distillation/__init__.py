@@ -5,6 +5,7 @@ from dp_transcribe.distillation.dataset import DistilledDataset, balanced_labels
 from dp_transcribe.distillation.distill import Distillation, distill
 from dp_transcribe.distillation.kernels import (
     Kernel,
+    MirroredKernel,
     NTKKernel,
     RBFKernel,
     ScatteringKernel,
@@ -32,6 +33,7 @@ __all__ = [
     "Kernel",
     "KernelRidgeClassifier",
     "LinearTraining",
+    "MirroredKernel",
     "NTKKernel",
     "NumericColumn",
     "PrivateCentroids",

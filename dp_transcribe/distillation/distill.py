@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from dp_transcribe import _validate
 from dp_transcribe.distillation.dataset import DistilledDataset
-from dp_transcribe.distillation.kernels import Kernel, embed_in_batches
+from dp_transcribe.distillation.kernels import Kernel, MirroredKernel, embed_in_batches
 from dp_transcribe.distillation.linear import (
     LinearTraining,
     PrivateLinearModel,
@@ -34,12 +34,24 @@ class Distillation:
         synthesis: of the support images.
         public_images: number of public images that the whitening is made from.
         damping_rank: see `PublicWhitening.from_public`.
+        mirrored: whether records are embedded by a `MirroredKernel`.
     """
 
     training: LinearTraining = LinearTraining(steps=80, learning_rate=40.0, l2_norm=0.3)
     synthesis: Synthesis = Synthesis()
     public_images: int = 3000
     damping_rank: int = 100
+    mirrored: bool = False
+
+    @classmethod
+    def for_natural_images(cls) -> Distillation:
+        """Settings for photographs, which may be mirrored and teach more slowly."""
+        training = LinearTraining(steps=60, learning_rate=20.0, l2_norm=0.3)
+        return cls(training=training, mirrored=True)
+
+    def record_kernel(self, kernel: Kernel) -> Kernel:
+        """What embeds the private records, given what embeds the support images."""
+        return MirroredKernel(kernel) if self.mirrored else kernel
 
 
 def distill(
@@ -69,7 +81,8 @@ def distill(
         target_epsilon: the epsilon per record that is not passed.
         delta: strictly between 0 and 1.
         settings: further settings.
-        features: the embeddings of `images`, if they are there already.
+        features: the embeddings of `images` by `settings.record_kernel(kernel)`, if
+            they are there already.
         seed: None for secret noise; an int makes runs repeatable, for tests.
 
     Returns:
@@ -134,6 +147,7 @@ def fit_linear_model(
     **Privacy**: unit `RECORD`, zero-out; spends all of `target_epsilon`.
     """
     labels = check_labels(labels, len(images), num_classes)
+    kernel = settings.record_kernel(kernel)
     whitening = public_whitening(kernel, source, settings, seed=seed)
     if features is None:
         features = embed_in_batches(kernel, images)

@@ -274,6 +274,38 @@ def _flatten(inputs: tf.Tensor) -> tf.Tensor:
     return tf.reshape(inputs, [tf.shape(inputs)[0], math.prod(inputs.shape[1:])])
 
 
+@dataclasses.dataclass(frozen=True)
+class MirroredKernel(Kernel):
+    """Embeds an image as the mean of what a kernel makes of it and of its mirror image.
+
+    For private records whose mirror images are as good. A linear model of these
+    embeddings hardly tells left from right, so it answers an embedding of the plain
+    image about as it answers the mean.
+
+    Attributes:
+        kernel: an inner product of embeddings.
+
+    **Privacy**: still a public function of each record alone, and no longer than the
+    kernel's own embeddings.
+    """
+
+    kernel: Kernel
+
+    @property
+    def is_inner_product(self) -> bool:
+        """Whether the kernel's own products are."""
+        return self.kernel.is_inner_product
+
+    def embed(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Mean embeddings of images `[n, height, width, colours]` and their mirrors."""
+        mirrored = tf.reverse(inputs, [2])
+        return (self.kernel.embed(inputs) + self.kernel.embed(mirrored)) / 2.0
+
+    def between(self, left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
+        """The kernel's own products."""
+        return self.kernel.between(left, right)
+
+
 def embed_in_batches(
     kernel: Kernel, inputs: np.ndarray, *, batch_size: int = 200
 ) -> np.ndarray:

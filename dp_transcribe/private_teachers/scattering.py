@@ -196,7 +196,8 @@ def fit_scattering_teacher(
         target_epsilon: the epsilon per record that is not passed.
         delta: strictly between 0 and 1.
         settings: further settings.
-        features: the embeddings of `images` by `ScatteringKernel`, if they are there.
+        features: the embeddings of `images` by `ScatteringKernel`, or by what
+            `settings.record_kernel` makes of it, if they are there already.
         seed: None for secret noise; an int makes runs repeatable, for tests.
 
     Returns:

@@ -1,5 +1,7 @@
 """From private images to distilled ones, end to end, and the result object."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -9,6 +11,7 @@ from dp_transcribe.distillation import (
     DistilledDataset,
     KernelRidgeClassifier,
     LinearTraining,
+    MirroredKernel,
     PrivateLinearModel,
     PublicWhitening,
     ScatteringKernel,
@@ -89,6 +92,38 @@ def test_save_and_load_give_the_same(distilled, tmp_path):
     assert grid.shape == (2 * 8, 10 * 8, 1)
     assert "RECORD" in (tmp_path / "statement.txt").read_text()
     assert len(list(loaded.to_tf_dataset())) == len(loaded) == 4
+
+
+def test_a_mirrored_embedding_does_not_tell_left_from_right():
+    images = tf.random.stateless_uniform([6, 8, 8, 1], [1, 2])
+    mirrored = MirroredKernel(KERNEL)
+    embedded = mirrored.embed(images)
+    np.testing.assert_allclose(
+        embedded, mirrored.embed(images[:, :, ::-1]), rtol=1e-5, atol=1e-6
+    )
+    assert np.all(np.linalg.norm(embedded, axis=1) < 1.0 + 1e-6)
+    np.testing.assert_array_equal(
+        mirrored.between(embedded, embedded), KERNEL.between(embedded, embedded)
+    )
+
+
+def test_distils_from_mirrored_records():
+    images, labels = Bars().draw(4000, seed=1)
+    settings = dataclasses.replace(SETTINGS, mirrored=True)
+    result, _ = distill(
+        images,
+        labels,
+        num_classes=2,
+        kernel=KERNEL,
+        source=Bars(),
+        target_epsilon=1.0,
+        delta=1e-5,
+        settings=settings,
+        seed=3,
+    )
+    fresh, truth = Bars().draw(300, seed=9)
+    ridge = KernelRidgeClassifier(KERNEL).fit(result.images, result.labels)
+    assert ridge.score(fresh, truth) > 0.9
 
 
 def test_labels_that_are_no_classes_are_refused(distilled):
