@@ -338,7 +338,7 @@ def pate_gradient(
     if student is None:
         student = _wavelet_student(ensemble, prior, seed, units=())
     rate = keras.optimizers.schedules.CosineDecay(
-        2e-3, epochs * steps_per_epoch, alpha=0.05
+        1e-2, epochs * steps_per_epoch, alpha=0.05
     )
     return _transcriber(
         ensemble,
