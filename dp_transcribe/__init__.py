@@ -43,7 +43,7 @@ from dp_transcribe.shards import train_shard_teachers
 from dp_transcribe.students import replace_batch_norm
 from dp_transcribe.teachers import Teacher, load_teacher
 from dp_transcribe.transcriber import DPTranscriber
-from dp_transcribe.wavelet_student import wavelet_student
+from dp_transcribe.wavelets import wavelet_student
 
 __all__ = [
     "BudgetExceededError",

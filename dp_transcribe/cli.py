@@ -22,7 +22,7 @@ from typing import Any
 import keras
 
 from dp_transcribe import _validate, mechanisms, methods
-from dp_transcribe.data import DATASETS, ImageDataset, load_dataset
+from dp_transcribe.data import DATASETS, PRIOR_DOMAINS, ImageDataset, load_dataset
 from dp_transcribe.evaluation.canaries import AuditResult
 from dp_transcribe.evaluation.inversion import (
     Inversion,
@@ -54,7 +54,6 @@ BUILDERS: dict[str, Callable[..., DPTranscriber]] = {
     "dpsd_data": functools.partial(methods.dpsd, protect="data"),
     "dpsd_label": functools.partial(methods.dpsd, protect="label"),
 }
-DOMAINS = {"mnist": "strokes", "fashion_mnist": "clothes", "cifar10": "natural"}
 EXIT_FLAGGED = 1
 EXIT_REFUSED = 2
 
@@ -155,7 +154,7 @@ def _student(
         return load_teacher(config.student), *released_by(Path(config.student))
     if config.seed is not None:
         keras.utils.set_random_seed(config.seed % 2**32)
-    prior = default_prior(teacher.input_shape, domain=DOMAINS[config.dataset])
+    prior = default_prior(teacher.input_shape, domain=PRIOR_DOMAINS[config.dataset])
     transcriber = BUILDERS[config.method](teacher, prior, seed=config.seed)
     transcriber.fit(
         target_epsilon=config.epsilon, delta=config.delta, epochs=config.epochs

@@ -26,6 +26,8 @@ _ORIGINS = {
     "cifar10": "https://www.cs.toronto.edu",
 }
 DATASETS = tuple(_ORIGINS)
+# The domain of `default_prior` whose random images suit each.
+PRIOR_DOMAINS = {"mnist": "strokes", "fashion_mnist": "clothes", "cifar10": "natural"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -33,7 +33,7 @@ from dp_transcribe.schedules import DelayedCosineDecay
 from dp_transcribe.students import lenet_student
 from dp_transcribe.teachers import Teacher
 from dp_transcribe.transcriber import DPTranscriber
-from dp_transcribe.wavelet_student import wavelet_student
+from dp_transcribe.wavelets import wavelet_student
 
 METHODS = ("dpdfd", "srr", "dpsd_data", "dpsd_label")
 
@@ -46,6 +46,8 @@ UNIFORM_SHARE = 0.9
 SMOOTHING, NOISY_SMOOTHING = 0.5, 0.3
 # Images of the prior that whiten a wavelet student's features.
 PUBLIC_IMAGES = 4000
+# The head of a wavelet student that has no hidden layer.
+LINEAR: dict[str, Any] = {"units": ()}
 
 
 def dpdfd(
@@ -180,10 +182,6 @@ def dpsd(
     References:
         arXiv:2601.19090.
     """
-    teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
-    if student is None and protect == "data":
-        # Noisy answers tell less: fewer weights learn less of the noise by heart.
-        student = _wavelet_student(teacher, prior, seed, units=())
     mechanisms: dict[str, Mechanism] = {
         "data": NoisyAnswer(smoothing=NOISY_SMOOTHING),
         "label": SelectiveRandomizedResponse(smoothing=SMOOTHING),
@@ -194,6 +192,8 @@ def dpsd(
         student,
         generator or _pretrained(teacher, prior, seed),
         mechanisms[_validate.one_of("protect", protect, mechanisms)],
+        # Noisy answers tell less: fewer weights learn less of the noise by heart.
+        head=LINEAR if protect == "data" else None,
         schedule=(epochs, steps_per_epoch),
         seed=seed,
     )
@@ -235,21 +235,19 @@ def transcribe_private_teacher(
     """
     teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
     statement = check_inheritable(teacher.statement, "teacher.statement")
-    if student is None:
-        # No noise grows with the number of weights here.
-        head = {"directions": 1000, "units": (256,)}
-        student = _wavelet_student(teacher, prior, seed, **head)
     return _by_answers(
         teacher,
         prior,
         student,
         generator or prior,
         Inherited(statement, temperature),
+        # No noise is there to be learnt by heart, however many the weights.
+        head={"directions": 1000, "units": (256,)},
         schedule=(epochs, steps_per_epoch),
         batch_size=512,
         learning_rate=2e-3,
         updates=8,
-        delay=0.0,  # without noise there is nothing to learn by heart
+        delay=0.0,
         seed=seed,
     )
 
@@ -290,15 +288,13 @@ def pate(
         arXiv:1610.05755, arXiv:1802.08908, with random processes in place of the real
         images that PATE asks about.
     """
-    mechanism = NoisyVotes(num_teachers=_num_teachers(ensemble), released=release)
-    if student is None:
-        student = _wavelet_student(ensemble, prior, seed, units=())
     return _by_answers(
         ensemble,
         prior,
         student,
         generator or prior,
-        mechanism,
+        NoisyVotes(num_teachers=_num_teachers(ensemble), released=release),
+        head=LINEAR,
         schedule=(epochs, steps_per_epoch),
         batch_size=512,
         updates=64,
@@ -336,7 +332,7 @@ def pate_gradient(
     """
     num_teachers = _num_teachers(ensemble)
     if student is None:
-        student = _wavelet_student(ensemble, prior, seed, units=())
+        student = _wavelet_student(ensemble, prior, seed, LINEAR)
     rate = keras.optimizers.schedules.CosineDecay(
         1e-2, epochs * steps_per_epoch, alpha=0.05
     )
@@ -372,12 +368,14 @@ def _by_answers(
     learning_rate: float = 4e-3,
     updates: int = 16,
     delay: float = 0.8,
+    head: dict[str, Any] | None = None,
+    seed: int | None,
     **kwargs: Any,
 ) -> DPTranscriber:
     """What the methods share that release every answer by itself."""
     teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
     if student is None:
-        student = _wavelet_student(teacher, prior, kwargs.get("seed"))
+        student = _wavelet_student(teacher, prior, seed, head or {"units": (128,)})
     epochs, steps_per_epoch = schedule
     queries = FreshQueries(batch_size=batch_size)
     steps = epochs * steps_per_epoch
@@ -395,6 +393,7 @@ def _by_answers(
         replay_size=min(REPLAY_SIZE, steps * queries.batch_size),
         replay_batch_size=batch_size,
         uniform_prior_queries=int(UNIFORM_SHARE * steps * queries.batch_size),
+        seed=seed,
         **kwargs,
     )
 
@@ -432,7 +431,10 @@ def _transcriber(
 
 
 def _wavelet_student(
-    teacher: Teacher, prior: ProceduralGenerator, seed: int | None, **head: Any
+    teacher: Teacher,
+    prior: ProceduralGenerator,
+    seed: int | None,
+    head: dict[str, Any],
 ) -> keras.Model:
     """A `wavelet_student` whitened by the prior."""
     where = tf.constant([(seed or 0) % 2**31, PUBLIC_IMAGES], tf.int32)
@@ -440,7 +442,7 @@ def _wavelet_student(
         teacher.input_shape,
         teacher.num_classes,
         public_images=prior.sample(PUBLIC_IMAGES, where),
-        **{"units": (128,), **head},
+        **head,
     )
 
 

@@ -21,7 +21,7 @@ from absl import app, flags
 
 import dp_transcribe as dpt
 from dp_transcribe import _validate, cli
-from dp_transcribe.data import DATASETS, ImageDataset, load_dataset
+from dp_transcribe.data import DATASETS, PRIOR_DOMAINS, ImageDataset, load_dataset
 from dp_transcribe.evaluation import (
     AuditResult,
     Inversion,
@@ -100,7 +100,7 @@ def dense_network(shape: tuple[int, ...], classes: int, *, units: int) -> keras.
 
 def transcribed(teacher: dpt.Teacher, dataset: ImageDataset) -> dpt.DPTranscriber:
     """The student, by the method and in the schedule that the flags say."""
-    prior = default_prior(teacher.input_shape, domain=cli.DOMAINS[dataset.name])
+    prior = default_prior(teacher.input_shape, domain=PRIOR_DOMAINS[dataset.name])
     transcriber = cli.BUILDERS[FLAGS.method](
         teacher,
         prior,

@@ -28,7 +28,7 @@ import tensorflow as tf
 from absl import app, flags
 
 from dp_transcribe import _validate
-from dp_transcribe.data import DATASETS, ImageDataset, load_dataset
+from dp_transcribe.data import DATASETS, PRIOR_DOMAINS, ImageDataset, load_dataset
 from dp_transcribe.distillation import (
     DPKIP,
     Distillation,
@@ -48,7 +48,6 @@ from dp_transcribe.generators.priors import default_prior
 from dp_transcribe.students import conv_student
 
 _LOGGER = logging.getLogger(__name__)
-DOMAINS = {"mnist": "strokes", "fashion_mnist": "clothes", "cifar10": "natural"}
 ROUTES = ("linear", "dpkip")
 KERNELS = ("scattering", "ntk", "rbf")
 HELD_OUT = 10_000
@@ -91,7 +90,7 @@ def hold_out(dataset: ImageDataset) -> ImageDataset:
 
 def public_source(dataset: ImageDataset) -> Mixture:
     """Random processes that suit the data set."""
-    return default_prior(dataset.image_shape, domain=DOMAINS[dataset.name])
+    return default_prior(dataset.image_shape, domain=PRIOR_DOMAINS[dataset.name])
 
 
 def private_features(
@@ -131,8 +130,7 @@ def asked_for(plan: Any) -> Any:
 
 def settings(dataset: ImageDataset) -> Distillation:
     """The settings of the linear route that the flags say, or the data set's own."""
-    natural = DOMAINS[dataset.name] == "natural"
-    own = Distillation.for_natural_images() if natural else Distillation()
+    own = Distillation.for_domain(PRIOR_DOMAINS[dataset.name])
     synthesis = Synthesis(
         images_per_class=FLAGS.images_per_class, steps=FLAGS.synthesis_steps
     )

@@ -36,7 +36,7 @@ from absl import logging as absl_logging
 
 import dp_transcribe as dpt
 from dp_transcribe import _validate, reporting
-from dp_transcribe.data import DATASETS, ImageDataset, load_dataset
+from dp_transcribe.data import DATASETS, PRIOR_DOMAINS, ImageDataset, load_dataset
 from dp_transcribe.distillation import Distillation
 from dp_transcribe.distillation.features import scattering_features
 from dp_transcribe.generators.priors import default_prior
@@ -58,7 +58,6 @@ UNITS = ("response", "record")
 SHARDS = ((4.0, 1000), (float("inf"), 500))
 LEAST_IN_SHARD = 20
 FEATURES = 600
-PRIOR_DOMAINS = {"mnist": "strokes", "fashion_mnist": "clothes", "cifar10": "natural"}
 # Classes that differ by detail need a wider student than the default one.
 STUDENTS: dict[str, dict[str, Any]] = {
     "fashion_mnist": {"filters": (32, 64), "units": 64}
@@ -270,8 +269,7 @@ def private_teacher(
 
     It is kept for the same privacy target: training it again would spend again.
     """
-    natural = PRIOR_DOMAINS[dataset.name] == "natural"
-    settings = Distillation.for_natural_images() if natural else Distillation()
+    settings = Distillation.for_domain(PRIOR_DOMAINS[dataset.name])
     facts = (config.epsilon, config.delta, config.seed, settings)
     path = cached_path(config, dataset, facts)
     cached = cached_teacher(path)

@@ -44,8 +44,13 @@ class Distillation:
     mirrored: bool = False
 
     @classmethod
-    def for_natural_images(cls) -> Distillation:
-        """Settings for photographs, which may be mirrored and teach more slowly."""
+    def for_domain(cls, domain: str) -> Distillation:
+        """Settings for images like those that `default_prior` draws for a domain.
+
+        Photographs ("natural") may be mirrored and teach more slowly.
+        """
+        if domain != "natural":
+            return cls()
         training = LinearTraining(steps=60, learning_rate=20.0, l2_norm=0.3)
         return cls(training=training, mirrored=True)
 

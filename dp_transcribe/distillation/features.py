@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from dp_transcribe import _validate
+from dp_transcribe._principal import principal_directions
 from dp_transcribe.distillation.kernels import ScatteringKernel
 from dp_transcribe.distillation.synthesis import ImageSource
 
@@ -106,12 +107,7 @@ def _whitened_directions(
     embedded: np.ndarray, rank: int, damping_rank: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Centre `[features]` and scaled principal directions `[features, rank]`."""
-    centre = embedded.mean(axis=0)
-    centred = embedded - centre
-    variances, mixtures = np.linalg.eigh(centred @ centred.T / len(embedded))
-    variances = np.maximum(variances[::-1][:rank], 1e-12)
-    directions = centred.T @ mixtures[:, ::-1][:, :rank]
-    directions /= np.sqrt(variances * len(embedded))
+    centre, variances, directions = principal_directions(embedded, rank)
     shrunk = variances + variances[damping_rank]
     norm = np.sqrt(np.sum(variances / shrunk))
     return centre, directions / (np.sqrt(shrunk) * norm)

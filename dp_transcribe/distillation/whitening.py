@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from dp_transcribe import _validate
+from dp_transcribe._principal import principal_directions
 from dp_transcribe.distillation.linear import PrivateLinearModel
 
 _ROWS = 1000
@@ -50,14 +51,12 @@ class PublicWhitening:
         """
         count = len(features)
         _validate.in_range("damping_rank", damping_rank, 1, count - 1)
-        centred = features - features.mean(axis=0)
-        variances, mixtures = np.linalg.eigh(centred @ centred.T / count)
-        order = np.argsort(-variances)[: max(rank, damping_rank + 1)]
-        damping = max(float(variances[order[damping_rank]]), 1e-12)
-        order = order[variances[order] > 1e-3 * damping]
-        kept = variances[order]
-        basis = (centred.T @ mixtures[:, order]).T / np.sqrt(kept * count)[:, None]
-        factors = np.sqrt(damping / (kept + damping))
+        most = min(max(rank, damping_rank + 1), count)
+        _, variances, directions = principal_directions(features, most)
+        damping = float(variances[damping_rank])
+        used = variances > 1e-3 * damping
+        factors = np.sqrt(damping / (variances[used] + damping))
+        basis = directions[:, used].T
         return cls(basis.astype(np.float32), factors.astype(np.float32))
 
     def apply(self, features: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from dp_transcribe.generators import PowerLawNoise
 from dp_transcribe.privacy.ledger import Ledger
 from dp_transcribe.privacy.statement import statement_from_ledger
 from dp_transcribe.privacy.units import Unit
-from dp_transcribe.wavelet_student import wavelet_student
+from dp_transcribe.wavelets import wavelet_student
 
 layers = keras.layers
 SERVING = Path(__file__).parents[2] / "serving"

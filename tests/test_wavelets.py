@@ -8,7 +8,7 @@ from dp_transcribe.generators import PowerLawNoise
 from dp_transcribe.mechanisms.clipping import clipped_gradient_sum
 from dp_transcribe.students import check_student, mlp_student
 from dp_transcribe.teachers import Teacher
-from dp_transcribe.wavelet_student import wavelet_student
+from dp_transcribe.wavelets import wavelet_student
 
 GREY, COLOUR = (28, 28, 1), (16, 20, 3)
 

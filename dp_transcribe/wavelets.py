@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from dp_transcribe._principal import principal_directions
 from dp_transcribe._validate import in_range, invalid, positive_int
 
 # Widths of the filters at the two scales, in pixels of the image, and what remains of
@@ -159,12 +160,7 @@ def _whitening(
     Variances below that of the hundredth direction are not raised to the others'.
     """
     features = np.asarray(front.predict(images, batch_size=_ROWS, verbose=0))
-    mean = features.mean(axis=0)
-    centred = features - mean
-    variances, mixtures = np.linalg.eigh(centred @ centred.T / len(images))
-    order = np.argsort(-variances)[:directions]
-    kept = np.maximum(variances[order], 1e-9)
-    damping = variances[order[min(_DAMPING_RANK, directions) - 1]]
-    basis = centred.T @ mixtures[:, order] / np.sqrt(kept * len(images))
-    kernel = basis / np.sqrt(kept + damping)
+    mean, variances, basis = principal_directions(features, directions, least=1e-9)
+    damping = variances[min(_DAMPING_RANK, directions) - 1]
+    kernel = basis / np.sqrt(variances + damping)
     return [kernel.astype(np.float32), (-mean @ kernel).astype(np.float32)]
