@@ -184,7 +184,7 @@ def small_teacher(monkeypatch):
         public_images=250,
         damping_rank=20,
     )
-    monkeypatch.setattr(example, "Distillation", lambda: settings)
+    monkeypatch.setattr(Distillation, "for_domain", lambda domain: settings)
 
 
 def test_a_private_teacher_gives_a_guarantee_for_people(config, small_teacher):
