@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import keras
@@ -44,6 +45,22 @@ def check_guidance(mechanism: Mechanism, generator_covered: bool) -> None:
         mend = "Let the student guide the generator."
         expected = f"True with {mechanism.name}: no generator that the teacher guided"
         raise _validate.invalid("generator_covered", generator_covered, expected, mend)
+
+
+def check_rests(rests: Any, mechanism: Mechanism) -> tuple[tuple[int, int], ...]:
+    """Refuses rests that are no increasing pairs, or of a mechanism without answers."""
+    expected = "pairs of numbers of answered queries, each larger than the one before"
+    try:
+        pairs = tuple((int(first), int(last)) for first, last in rests)
+    except (TypeError, ValueError):
+        raise _validate.invalid("rests", rests, expected) from None
+    turns = [-1, *(turn for pair in pairs for turn in pair)]
+    if any(later <= turn for turn, later in itertools.pairwise(turns)):
+        raise _validate.invalid("rests", rests, expected)
+    if pairs and not isinstance(mechanism, AnswerMechanism):
+        expected = f"() with {mechanism.name}, which releases no answers"
+        raise _validate.invalid("rests", rests, expected)
+    return pairs
 
 
 def check_second_student(

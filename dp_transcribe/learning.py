@@ -67,6 +67,11 @@ class Learner:
     def prepare(self) -> None:
         """Makes ready for a run, when all weights are those to go on with."""
 
+    def begin_steps(self, steps: int) -> bool:
+        """Called before the next steps; returns whether the student rests in them."""
+        del steps
+        return False
+
     def ask(
         self, count: tf.Tensor | int, number: tf.Tensor, chunk: tf.Tensor | int
     ) -> tuple[tf.Tensor, tf.Tensor]:
@@ -236,6 +241,8 @@ class AnswerLearner(Learner):
         size = owner.replay_size // self.replicas
         self.replay = Replay(size, shape, classes, features)
         self._features_missing = 0
+        self._answered = 0
+        self._resting = False
 
     @property
     def mechanism(self) -> AnswerMechanism:
@@ -286,10 +293,12 @@ class AnswerLearner(Learner):
 
     def prepare(self) -> None:
         """Computes the features of a replay that was loaded, before a run."""
+        strategy = self.owner.distribute_strategy
+        written = strategy.experimental_local_results(self.replay.written)[0]
+        self._answered = int(written.numpy()) * self.replicas
         filled, self._features_missing = self._features_missing, 0
         if self.front is None or filled == 0:
             return
-        strategy = self.owner.distribute_strategy
         parts = map(
             strategy.experimental_local_results,
             (self.replay.codes, self.replay.features),
@@ -299,6 +308,17 @@ class AnswerLearner(Learner):
                 rows = slice(start, min(start + RENEWED_AT_ONCE, filled))
                 queries = dequantize(codes[rows], self.output_range)
                 features[rows].assign(tf.cast(self._embed(queries), tf.float16))
+
+    def begin_steps(self, steps: int) -> bool:
+        """Counts the answers to come; whether the student rests is known before them.
+
+        A condition inside of the step would not do: replicas may not reduce in one.
+        """
+        answered = self._answered
+        self._answered += steps * self.owner.queries.batch_size
+        rests = self.owner.rests
+        self._resting = any(first <= answered < last for first, last in rests)
+        return self._resting
 
     def _embed(self, queries: tf.Tensor) -> tf.Tensor:
         """What the part of the student that learns takes: features, or the queries."""
@@ -313,16 +333,19 @@ class AnswerLearner(Learner):
         return [strategy.experimental_local_results(v) for v in variables]
 
     def step(self) -> dict[str, Any]:
-        """Asks one batch of new queries, then learns from the replay.
+        """Asks one batch of new queries, then learns from the replay or rests.
 
         Returns:
             `student_loss` on the replay and `agreement` with the new answers, both
             from released answers alone.
         """
         agreement = self._release(self.owner.noise.advance())
+        if self._resting:
+            loss, _ = self._loss(self.learns, *self._some_answers())
+            return {"student_loss": loss, "agreement": agreement}
         losses = [self.update() for _ in range(self.owner.student_updates)]
         return {
-            "student_loss": tf.add_n(losses) / float(max(len(losses), 1)),
+            "student_loss": tf.add_n(losses) / float(len(losses)),
             "agreement": agreement,
         }
 
@@ -363,19 +386,22 @@ class AnswerLearner(Learner):
 
     def update(self) -> tf.Tensor:
         """One plain update on a batch of the replay; costs nothing."""
-        owner = self.owner
-        number = owner.noise.advance()
-        seed = owner.noise.stream(number, SAMPLING, part=replica_index())
+        owner, batch = self.owner, self._some_answers()
+        loss = self._learn(self.learns, owner.student_optimizer, *batch)
+        if owner.second_student is not None:
+            self._learn(owner.second_student, owner.second_optimizer, *batch)
+        return loss
+
+    def _some_answers(self) -> tuple[tf.Tensor, Released]:
+        """Rows of the replay: what the student takes, and what was released."""
+        number = self.owner.noise.advance()
+        seed = self.owner.noise.stream(number, SAMPLING, part=replica_index())
         drawn, rows = self.replay.sample(self.batch_size // self.replicas, seed)
-        released = Released(rows[:, 0], rows[:, 1])
         if self.front is None:
             inputs = dequantize(drawn, self.output_range)
         else:
             inputs = tf.cast(drawn, tf.float32)
-        loss = self._learn(self.learns, owner.student_optimizer, inputs, released)
-        if owner.second_student is not None:
-            self._learn(owner.second_student, owner.second_optimizer, inputs, released)
-        return loss
+        return inputs, Released(rows[:, 0], rows[:, 1])
 
     def _learn(
         self,
@@ -384,15 +410,22 @@ class AnswerLearner(Learner):
         inputs: tf.Tensor,
         released: Released,
     ) -> tf.Tensor:
-        with tf.GradientTape() as tape:
-            logits = tf.cast(student(inputs, training=True), tf.float32)
-            logits += self.log_frequencies
-            loss = tf.reduce_mean(self.mechanism.loss(released, logits))
+        loss, tape = self._loss(student, inputs, released)
         variables = student.trainable_variables
         gradients = tape.gradient(loss, variables)
         scale = 1.0 / self.replicas
         optimizer.apply([g * scale for g in gradients], variables)
         return loss
+
+    def _loss(
+        self, student: keras.Model, inputs: tf.Tensor, released: Released
+    ) -> tuple[tf.Tensor, tf.GradientTape]:
+        """The mean loss, and the tape that saw it come about."""
+        with tf.GradientTape() as tape:
+            logits = tf.cast(student(inputs, training=True), tf.float32)
+            logits += self.log_frequencies
+            loss = tf.reduce_mean(self.mechanism.loss(released, logits))
+        return loss, tape
 
 
 def make_learner(owner: DPTranscriber) -> GradientLearner | AnswerLearner:

@@ -7,6 +7,7 @@ Each returns a compiled `DPTranscriber`; call its `fit` with a target epsilon.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import keras
@@ -29,7 +30,6 @@ from dp_transcribe.mechanisms.randomized_response import SelectiveRandomizedResp
 from dp_transcribe.mechanisms.weight_gradient import NormalizedGradient
 from dp_transcribe.privacy.inheritance import check_inheritable
 from dp_transcribe.queries import FreshQueries, Queries, QueryPool
-from dp_transcribe.schedules import DelayedCosineDecay
 from dp_transcribe.students import lenet_student
 from dp_transcribe.teachers import Teacher
 from dp_transcribe.transcriber import DPTranscriber
@@ -40,14 +40,35 @@ METHODS = ("dpdfd", "srr", "dpsd_data", "dpsd_label")
 # A generator is pretrained on the prior by so many updates.
 PRETRAINING_STEPS = 300
 REPLAY_SIZE = 2**20
-# Candidates chosen by a student that knows little leave the truth out: the first 90 %
-# of the queries are answered among all classes, and its prediction is smoothed then.
-UNIFORM_SHARE = 0.9
 SMOOTHING, NOISY_SMOOTHING = 0.5, 0.3
+# Keeps the head from learning noise by heart.
+WEIGHT_DECAY = 0.5
 # Images of the prior that whiten a wavelet student's features.
 PUBLIC_IMAGES = 4000
-# The head of a wavelet student that has no hidden layer.
+# The head of a wavelet student.
+HIDDEN: dict[str, Any] = {"units": (128,)}
 LINEAR: dict[str, Any] = {"units": ()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """When the student of released answers rests and is asked, in shares of a run.
+
+    Attributes:
+        rests: begin and end of each rest. A student that learns from few noisy answers
+            learns their noise by heart.
+        uniform: until then queries are answered among all classes: candidates of a
+            student that knows little leave the truth out.
+    """
+
+    rests: tuple[tuple[float, float], ...]
+    uniform: float
+
+
+# The student learns for a while in between, to choose candidates from then on.
+TWO_RESTS = Pace(rests=((0.0, 0.4), (0.45, 0.8)), uniform=0.45)
+ONE_REST = Pace(rests=((0.0, 0.8),), uniform=0.9)
+NO_REST = Pace(rests=(), uniform=0.9)
 
 
 def dpdfd(
@@ -145,6 +166,9 @@ def srr(
         schedule=(epochs, steps_per_epoch),
         generator_updates=0,
         generator_covered=False,
+        weight_decay=WEIGHT_DECAY,
+        pace=TWO_RESTS,
+        head=HIDDEN,
         seed=seed,
     )
 
@@ -192,9 +216,11 @@ def dpsd(
         student,
         generator or _pretrained(teacher, prior, seed),
         mechanisms[_validate.one_of("protect", protect, mechanisms)],
-        # Noisy answers tell less: fewer weights learn less of the noise by heart.
-        head=LINEAR if protect == "data" else None,
         schedule=(epochs, steps_per_epoch),
+        weight_decay=WEIGHT_DECAY,
+        # Fewer candidates make a label far clearer, a noisy answer hardly.
+        pace=TWO_RESTS if protect == "label" else ONE_REST,
+        head=HIDDEN,
         seed=seed,
     )
 
@@ -247,7 +273,7 @@ def transcribe_private_teacher(
         batch_size=512,
         learning_rate=2e-3,
         updates=8,
-        delay=0.0,
+        pace=NO_REST,
         seed=seed,
     )
 
@@ -366,35 +392,63 @@ def _by_answers(
     schedule: tuple[int, int],
     batch_size: int = 2048,
     learning_rate: float = 4e-3,
+    weight_decay: float = 0.0,
     updates: int = 16,
-    delay: float = 0.8,
-    head: dict[str, Any] | None = None,
+    pace: Pace = ONE_REST,
+    head: dict[str, Any],
     seed: int | None,
     **kwargs: Any,
 ) -> DPTranscriber:
     """What the methods share that release every answer by itself."""
     teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
     if student is None:
-        student = _wavelet_student(teacher, prior, seed, head or {"units": (128,)})
+        student = _wavelet_student(teacher, prior, seed, head)
     epochs, steps_per_epoch = schedule
-    queries = FreshQueries(batch_size=batch_size)
     steps = epochs * steps_per_epoch
-    rate = DelayedCosineDecay(learning_rate, steps * updates, delay)
+    turns = [(int(first * steps), int(last * steps)) for first, last in pace.rests]
+    rate = _decay_between(learning_rate, turns, steps, updates)
     return _transcriber(
         teacher,
         prior,
         student,
         generator,
         mechanism,
-        queries,
-        keras.optimizers.Adam(rate, use_ema=True, ema_momentum=0.99),
+        FreshQueries(batch_size=batch_size),
+        keras.optimizers.Adam(
+            rate, weight_decay=weight_decay or None, use_ema=True, ema_momentum=0.99
+        ),
         schedule=schedule,
         student_updates=updates,
-        replay_size=min(REPLAY_SIZE, steps * queries.batch_size),
+        replay_size=min(REPLAY_SIZE, steps * batch_size),
         replay_batch_size=batch_size,
-        uniform_prior_queries=int(UNIFORM_SHARE * steps * queries.batch_size),
+        uniform_prior_queries=int(pace.uniform * steps) * batch_size,
+        rests=[(a * batch_size, b * batch_size) for a, b in turns if a < b],
         seed=seed,
         **kwargs,
+    )
+
+
+def _decay_between(
+    learning_rate: float, rests: list[tuple[int, int]], steps: int, updates: int
+) -> keras.optimizers.schedules.LearningRateSchedule:
+    """A cosine decay in the time before, between and after the rests, each anew.
+
+    Args:
+        learning_rate: where each decay begins.
+        rests: first step of each, and the first one after it.
+        steps: of the run.
+        updates: of the student in every step that is no rest.
+    """
+    ends = [0, *(last for _, last in rests)]
+    begins = [*(first for first, _ in rests), steps]
+    pieces = [(b - a) * updates for a, b in zip(ends, begins, strict=True) if b > a]
+    if len(pieces) == 1:
+        return keras.optimizers.schedules.CosineDecay(
+            learning_rate, pieces[0], alpha=0.02
+        )
+    first, second = pieces
+    return keras.optimizers.schedules.CosineDecayRestarts(
+        learning_rate, first, t_mul=second / first, alpha=0.02
     )
 
 

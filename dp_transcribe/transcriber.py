@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import tempfile
+from collections.abc import Sequence
 from typing import Any, cast
 
 import keras
@@ -78,6 +79,9 @@ class DPTranscriber(keras.Model):
             ones drawn; choosing by the student is post-processing.
         uniform_prior_queries: queries answered before the student's prediction takes
             the place of a uniform prior, with an answer mechanism.
+        rests: with an answer mechanism, pairs of numbers of answered queries: from the
+            first up to the second one the student rests while answers come in. One
+            that learns from few noisy answers learns their noise by heart.
         balance_classes: whether the classes are taken to be equally frequent where the
             student is used, though they are not among the queries. The student then
             learns with its logits shifted by the log frequencies of the classes as it
@@ -122,6 +126,7 @@ class DPTranscriber(keras.Model):
         candidates_per_query: int = 1,
         balance_classes: bool = False,
         uniform_prior_queries: int = 0,
+        rests: Sequence[tuple[int, int]] = (),
         generator_covered: bool = True,
         schedule: tuple[int, int] = (1, 100),
         seed: int | None = None,
@@ -156,6 +161,7 @@ class DPTranscriber(keras.Model):
         self.uniform_prior_queries = _validate.non_negative_int(
             "uniform_prior_queries", uniform_prior_queries
         )
+        self.rests = compatibility.check_rests(rests, self.mechanism)
         self.balance_classes = bool(balance_classes)
         self.class_frequencies = self.add_weight(
             shape=(self.teacher.num_classes,),
@@ -508,17 +514,26 @@ class DPTranscriber(keras.Model):
         """Wraps Keras' train function: every call is accounted before it runs."""
         if self.train_function is not None and not force:
             return
-        super().make_train_function(force=force)
-        run_steps = self.train_function
+        traced: dict[bool, Any] = {}
 
         def accounted(iterator: Any) -> dict[str, Any]:
             learner = self._make_learner()
             if self.budget.spend(self.steps_per_execution):
                 cast(GradientLearner, learner).renew_pool()
             self.stop_training |= self.budget.is_spent
-            return {**run_steps(iterator), "epsilon": self.budget.epsilon_shown}
+            rests = learner.begin_steps(self.steps_per_execution)
+            if rests not in traced:
+                traced[rests] = self._traced_train_function()
+                self.train_function = accounted
+            logs = traced[rests](iterator)
+            return {**logs, "epsilon": self.budget.epsilon_shown}
 
         self.train_function = accounted
+
+    def _traced_train_function(self) -> Any:
+        """Keras' train function, not yet traced: it will hold what a step now does."""
+        super().make_train_function(force=True)
+        return self.train_function
 
     def privacy_statement(
         self, *, delta: float | None = None, accountant: str | None = None
@@ -662,6 +677,7 @@ _PLAIN_ARGUMENTS = (
     "candidates_per_query",
     "balance_classes",
     "uniform_prior_queries",
+    "rests",
     "generator_covered",
     "schedule",
     "seed",

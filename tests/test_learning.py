@@ -1,5 +1,6 @@
 """The path from protected answers to the student's weights, with its noise."""
 
+import itertools
 import types
 
 import keras
@@ -342,6 +343,39 @@ def test_the_prior_is_the_student_and_not_the_teacher():
     codes, released, _ = model._learner.get_replay()
     logits = model.student(dequantize(tf.constant(codes[0, :32]), (0.0, 1.0)))
     assert np.array_equal(released[0, :32, 1].argmax(-1), np.argmax(logits, -1))
+
+
+def test_the_student_rests_while_so_many_queries_are_answered():
+    """16 queries a step: it rests in steps 0 and 3; answers come in throughout."""
+    model = tiny.transcriber(
+        NoisyAnswer(noise_multiplier=1.0), rests=[(0, 16), (48, 64)]
+    )
+    weights = [tiny.flat_weights(model.student)]
+    keep = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: weights.append(
+            tiny.flat_weights(model.student)
+        )
+    )
+    history = model.fit(epochs=1, steps_per_epoch=5, verbose=0, callbacks=[keep])
+    moved = [not np.array_equal(a, b) for a, b in itertools.pairwise(weights)]
+    assert moved == [False, True, True, False, True]
+    assert sum(entry.count for entry in model.ledger.entries) == 5
+    assert model._learner.get_replay()[-1] == 80
+    assert np.isfinite(history.history["student_loss"][0])
+
+
+@pytest.mark.parametrize(
+    "rests",
+    [[(5, 5)], [(8, 4)], [(0, 8), (4, 9)], [(-1, 4)], [(1, 2, 3)], ["ab"], 5],
+)
+def test_rests_that_are_no_rests_are_refused(rests):
+    with pytest.raises(ValueError, match="`rests`"):
+        tiny.transcriber(NoisyAnswer(noise_multiplier=1.0), rests=rests)
+
+
+def test_rests_of_a_mechanism_without_answers_are_refused():
+    with pytest.raises(ValueError, match="releases no answers"):
+        tiny.transcriber(ClippedGradient(noise_multiplier=1.0), rests=[(0, 4)])
 
 
 def test_the_replay_of_another_size_is_refused():

@@ -83,7 +83,8 @@ LEARNERS = {
     "answer": (m.NoisyAnswer(noise_multiplier=2.0), None),
 }
 for name, (mechanism, queries) in LEARNERS.items():
-    model = build(mechanism, two_, queries=queries)
+    rests = [(16, 32)] if name == "answer" else ()
+    model = build(mechanism, two_, queries=queries, rests=rests)
     history = model.fit(epochs=1, steps_per_epoch=3, verbose=0).history
     results[name] = summary(model, history)
     if name == "pool":

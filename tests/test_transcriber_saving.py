@@ -75,6 +75,20 @@ def test_resuming_equals_the_uninterrupted_run(mechanism, queries, done, tmp_pat
             np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("done", [1, 2, 3])
+def test_resuming_before_in_and_after_a_rest(done, tmp_path):
+    def made():
+        return adam_model(RandomizedResponse(epsilon=1.0), rests=[(16, 48)])
+
+    whole, part = made(), made()
+    fit(whole, 4)
+    fit(part, done)
+    part.save_checkpoint(tmp_path / "part.keras")
+    resumed = keras.saving.load_model(tmp_path / "part.keras")
+    fit(resumed, 4 - done)
+    assert_same(resumed, whole)
+
+
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_features_of_a_frozen_front_are_computed_anew(weights_only, tmp_path):
     def made(seed):
