@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +78,19 @@ class PrivateTraining:
         steps = self.epochs * self.steps_per_epoch(num_records)
         return dp_accounting.SelfComposedDpEvent(step, steps)
 
-    def optimizer(self, steps: int) -> keras.optimizers.Optimizer:
-        """The optimizer of a training of so many steps."""
-        rate = keras.optimizers.schedules.CosineDecay(
+    def rates(self, steps: int) -> keras.optimizers.schedules.LearningRateSchedule:
+        """The learning rates of a training of so many steps."""
+        return keras.optimizers.schedules.CosineDecay(
             self.learning_rate, steps, alpha=0.05
         )
+
+    def optimizer(self, steps: int) -> keras.optimizers.Optimizer:
+        """The optimizer of a training of so many steps."""
         return keras.optimizers.SGD(
-            rate, momentum=self.momentum, use_ema=True, ema_momentum=self.ema_momentum
+            self.rates(steps),
+            momentum=self.momentum,
+            use_ema=True,
+            ema_momentum=self.ema_momentum,
         )
 
 
@@ -98,6 +104,7 @@ def fit_private_teacher(
     training: PrivateTraining | None = None,
     input_range: Sequence[float] = (0.0, 1.0),
     checkpoint: str | os.PathLike[str] | None = None,
+    on_step: Callable[[int, list[np.ndarray]], None] | None = None,
     seed: int | None = None,
     verbose: int = 1,
 ) -> Teacher:
@@ -118,6 +125,8 @@ def fit_private_teacher(
         input_range: lowest and highest value of a pixel.
         checkpoint: a file that is written after every epoch and gone on from if it is
             there. A resumed training equals the uninterrupted one.
+        on_step: called with each step's number and the noisy weights after it, not
+            averaged; they are covered as the teacher is.
         seed: None for secret noise; an int makes runs repeatable, for tests.
         verbose: 1 shows a bar with the epsilon so far, 0 nothing. Loss and accuracy
             are not shown: on private records they are private.
@@ -158,6 +167,7 @@ def fit_private_teacher(
             plan.accountant,
         ),
         delta=delta,
+        on_step=on_step,
         seed=seed,
     )
     if checkpoint is not None and Path(checkpoint).exists():
@@ -184,9 +194,11 @@ class _Descent:
         *,
         noise_multiplier: float,
         delta: float,
+        on_step: Callable[[int, list[np.ndarray]], None] | None = None,
         seed: int | None,
     ) -> None:
         self.model, self.plan, self.delta = model, plan, delta
+        self.on_step = on_step
         self.num_records = num_records
         self.steps_per_epoch = plan.steps_per_epoch(num_records)
         self.releases = RecordSums(
@@ -202,9 +214,14 @@ class _Descent:
         self._apply = tf.function(self._descend)
 
     @property
+    def steps_done(self) -> int:
+        """Steps released so far."""
+        return self.releases.ledger.releases(Unit.RECORD)
+
+    @property
     def epochs_done(self) -> int:
         """Whole epochs released so far."""
-        return self.releases.ledger.releases(Unit.RECORD) // self.steps_per_epoch
+        return self.steps_done // self.steps_per_epoch
 
     def epsilon(self) -> float:
         """Epsilon so far."""
@@ -219,6 +236,9 @@ class _Descent:
             chosen = self.releases.sample(self.num_records).numpy()
             totals = self._sum(images, labels, chosen)
             self._apply(self.releases.add_joint_noise(totals))
+            if self.on_step is not None:
+                weights = [v.numpy() for v in self.model.trainable_variables]
+                self.on_step(self.steps_done - 1, weights)
 
     def _sum(
         self, images: np.ndarray, labels: np.ndarray, chosen: np.ndarray

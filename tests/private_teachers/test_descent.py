@@ -157,6 +157,20 @@ def test_a_resumed_training_equals_the_uninterrupted_one(tmp_path, monkeypatch):
     assert resumed.statement == whole.statement
 
 
+def test_every_step_shows_the_iterate_that_the_teacher_averages():
+    seen = {}
+    teacher = train(on_step=seen.__setitem__)
+    assert list(seen) == list(range(6))
+    averaged = seen[0]
+    for weights in seen.values():
+        kept = PLAN.ema_momentum
+        averaged = [
+            kept * a + (1.0 - kept) * w for a, w in zip(averaged, weights, strict=True)
+        ]
+    for mine, own in zip(averaged, teacher.model.get_weights(), strict=True):
+        np.testing.assert_allclose(own, mine, atol=1e-5)
+
+
 def test_a_checkpoint_of_another_training_is_refused(tmp_path):
     path = tmp_path / "training.npz"
     train(checkpoint=path)
