@@ -45,7 +45,9 @@ class ShardPlan:
         """Sorted indices of a shard's records, int64; sizes differ by one at most."""
         _validate.in_range("shard", shard, 0, self.shards - 1)
         order = np.random.default_rng(self.seed).permutation(self.records)
-        return np.sort(np.array_split(order, self.shards)[shard])
+        size, longer = divmod(self.records, self.shards)
+        start = shard * size + min(shard, longer)
+        return np.sort(order[start : start + size + (shard < longer)])
 
 
 class TeacherEnsemble(Teacher):
