@@ -15,9 +15,10 @@ from dp_transcribe.evaluation.membership import (
 from dp_transcribe.evaluation.records import (
     audit_dpkip,
     audit_linear_model,
-    audit_votes,
+    audit_private_teacher,
 )
 from dp_transcribe.evaluation.responses import audit_responses
+from dp_transcribe.evaluation.shards import audit_ensemble_gradient, audit_votes
 
 __all__ = [
     "Answers",
@@ -26,7 +27,9 @@ __all__ = [
     "MembershipResult",
     "ask",
     "audit_dpkip",
+    "audit_ensemble_gradient",
     "audit_linear_model",
+    "audit_private_teacher",
     "audit_responses",
     "audit_scores",
     "audit_votes",

@@ -11,7 +11,7 @@ import numpy as np
 from dp_transcribe import _validate
 from dp_transcribe.evaluation.bounds import epsilon_lower_bound, gaussian_lower_bound
 from dp_transcribe.privacy.ledger import Ledger
-from dp_transcribe.privacy.statement import statement_from_ledger
+from dp_transcribe.privacy.statement import PrivacyStatement, statement_from_ledger
 from dp_transcribe.privacy.units import Unit
 
 # Parts of the canaries that are guessed, the surest ones; chosen before any audit.
@@ -106,9 +106,7 @@ def audit_scores(
 ) -> AuditResult:
     """Turns scores of canaries into the result of an audit.
 
-    The canaries with the highest scores are guessed to be included and as many with
-    the lowest to be left out. Every attack guesses for every one of `SHARES`; the
-    confidence of each guess is raised so that all of them hold together.
+    See `audit_statement`.
 
     Args:
         attacks: by name, a score for each canary, `[canaries]`, higher where the
@@ -126,8 +124,41 @@ def audit_scores(
     Raises:
         ValueError: an argument is out of range.
     """
-    _validate.fraction_open("confidence", confidence)
     statement = statement_from_ledger(ledger, unit=unit, delta=delta, tighter=False)
+    return audit_statement(
+        attacks, included, statement, confidence=confidence, seed=seed
+    )
+
+
+def audit_statement(
+    attacks: Mapping[str, np.ndarray],
+    included: np.ndarray,
+    statement: PrivacyStatement,
+    *,
+    confidence: float = 0.95,
+    seed: int | None = None,
+) -> AuditResult:
+    """Turns scores of canaries into the result of an audit of a statement.
+
+    The canaries with the highest scores are guessed to be included and as many with
+    the lowest to be left out. Every attack guesses for every one of `SHARES`; the
+    confidence of each guess is raised so that all of them hold together.
+
+    Args:
+        attacks: by name, a score for each canary, `[canaries]`, higher where the
+            attack believes it included. Computed without knowing the coins.
+        included: bool `[canaries]`, the fair coins.
+        statement: of the audited run; what it says is the claim.
+        confidence: of the result, strictly between 0 and 1.
+        seed: for the order of equal scores.
+
+    Returns:
+        The result, with the bounds of the best attack.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    _validate.fraction_open("confidence", confidence)
     included = np.asarray(included, bool)
     tries = [
         (f"{name}, {share:.0%} guessed", scores, share)

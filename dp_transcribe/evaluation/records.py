@@ -8,42 +8,40 @@ neighbouring relation of the library's releases over records.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
-import dp_accounting
+import keras
 import numpy as np
-import tensorflow as tf
 from scipy import special
-from scipy.linalg import hadamard
 
 from dp_transcribe import _validate
 from dp_transcribe.distillation.distill import Distillation
 from dp_transcribe.distillation.kernels import RBFKernel
 from dp_transcribe.distillation.kip import DPKIP, KIPTraining
 from dp_transcribe.distillation.linear import LinearTraining, PrivateLinearModel
-from dp_transcribe.ensembles import ShardPlan
 from dp_transcribe.evaluation.canaries import (
     AuditResult,
     audit_scores,
+    audit_statement,
     flip_coins,
 )
-from dp_transcribe.mechanisms.noise import ANSWERS, NoiseSource
-from dp_transcribe.mechanisms.noisy_votes import NoisyVotes
-from dp_transcribe.privacy.ledger import Ledger, Spend
+from dp_transcribe.privacy.statement import PrivacyStatement
 from dp_transcribe.privacy.units import Unit
+from dp_transcribe.private_teachers.descent import (
+    PrivateTraining,
+    fit_private_teacher,
+)
 
 _CLASSES = 10
 # As in `distill`, but so slow that no record is ever learnt and stops to contribute.
 LINEAR_TRAINING = dataclasses.replace(
     Distillation().training, learning_rate=1e-2, accountant="rdp"
 )
-# Of DP-KIP's records, each bright in a pixel of its own, and of its two support
+TEACHER_TRAINING = PrivateTraining(epochs=4, learning_rate=1e-2, accountant="rdp")
+# Of records that are bright in a pixel of their own, and of DP-KIP's two support
 # images, bright and dark in a pixel that no record has.
 _BRIGHTNESS = 10.0
 _SUPPORT = 3.0
-# An ensemble's shards hold a record each, few of them canaries, so that a canary that
-# gets into another shard is seldom met by another one there.
-_RECORDS_PER_CANARY = 8
 KIP_TRAINING = KIPTraining(steps=40, learning_rate=1e-3, sampling_probability=0.1)
 
 
@@ -121,17 +119,29 @@ def _linear_attacks(
     norms = (scales * lengths) * np.linalg.norm(residuals, axis=-1)
     factors = scales * np.minimum(1.0, plan.l2_norm / np.maximum(norms, 1e-12))
     expected = residuals * factors[..., None]
-    found = _beside_centre(sums, centre)
+    attacks = _sums_attacks(_beside_centre(sums, centre), expected)
+    if plan.mean_noise is not None:
+        attacks["mean of the features"] = centre
+    return attacks
+
+
+def _sums_attacks(found: np.ndarray, expected: np.ndarray) -> dict[str, np.ndarray]:
+    """Scores from each canary's part of the sums and its gradient.
+
+    Args:
+        found: of the noisy sums, `[steps, canaries, classes]`.
+        expected: of the canaries' gradients, alike.
+
+    Returns:
+        Scores `[canaries]` by the name of the attack.
+    """
     varying = (found - found.mean(axis=0)) * (expected - expected.mean(axis=0))
     agreement = np.sum(found * expected, axis=2)
-    attacks = {
+    return {
         "sums": agreement.sum(axis=0),
         "sums less their mean over steps": np.sum(varying, axis=(0, 2)),
         "spread over steps": agreement.std(axis=0),
     }
-    if plan.mean_noise is not None:
-        attacks["mean of the features"] = centre
-    return attacks
 
 
 def _against_offsets(matrices: np.ndarray, centre: np.ndarray) -> np.ndarray:
@@ -146,6 +156,85 @@ def _beside_centre(sums: np.ndarray, centre: np.ndarray) -> np.ndarray:
         return sums
     shared = np.einsum("f,sfc->sc", centre, sums) / length
     return sums - np.einsum("f,sc->sfc", centre, shared)
+
+
+def audit_private_teacher(
+    training: PrivateTraining | None = None,
+    *,
+    target_epsilon: float = 1.0,
+    delta: float = 1e-5,
+    canaries: int = 2000,
+    confidence: float = 0.95,
+    seed: int | None = None,
+) -> AuditResult:
+    """Audits `fit_private_teacher`.
+
+    The teacher is linear. The auditor sees its weights after every step, not averaged,
+    and works out each step's noisy sum from them.
+
+    Args:
+        training: how it is trained; by default a step takes a tenth of the canaries.
+        target_epsilon: per record.
+        delta: strictly between 0 and 1.
+        canaries: number of records, every one a canary.
+        confidence: of the bounds.
+        seed: for coins and noise; None for secret ones.
+
+    Returns:
+        The result; its claim is that of the trained teacher's own statement.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    _validate.positive_int("canaries", canaries)
+    tenth = -(-canaries // 10)
+    plan = training or dataclasses.replace(TEACHER_TRAINING, batch_size=tenth)
+    included = flip_coins(canaries, seed)
+    records = _BRIGHTNESS * np.eye(canaries, dtype=np.float32)
+    records[~included] = np.nan  # counts as zero
+    labels = np.arange(canaries) % _CLASSES
+    linear = keras.layers.Dense(_CLASSES, use_bias=False, kernel_initializer="zeros")
+    seen: list[np.ndarray] = [np.zeros((canaries, _CLASSES), np.float32)]
+    teacher = fit_private_teacher(
+        keras.Sequential([keras.layers.Input((canaries,)), linear]),
+        records,
+        labels,
+        target_epsilon=target_epsilon,
+        delta=delta,
+        training=plan,
+        on_step=lambda step, weights: seen.append(weights[0]),
+        seed=seed,
+        verbose=0,
+    )
+    return audit_statement(
+        _teacher_attacks(plan, np.stack(seen).astype(np.float64), labels),
+        included,
+        cast(PrivacyStatement, teacher.statement),
+        confidence=confidence,
+        seed=seed,
+    )
+
+
+def _teacher_attacks(
+    plan: PrivateTraining, weights: np.ndarray, labels: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Scores of all canaries from the weights `[steps + 1, features, classes]`."""
+    moves = weights[1:] - weights[:-1]
+    before = np.concatenate([np.zeros_like(moves[:1]), moves[:-1]])
+    rates = np.array(plan.rates(len(moves))(np.arange(len(moves))), np.float64)
+    sums = (plan.momentum * before - moves) / rates[:, None, None]
+    # A canary's gradient is its residual in its own row, cut off at the bound.
+    residuals = special.softmax(_BRIGHTNESS * weights[:-1], axis=-1)
+    residuals -= np.eye(_CLASSES)[labels]
+    residuals /= np.linalg.norm(residuals, axis=-1, keepdims=True)
+    attacks = _sums_attacks(sums, residuals)
+    # Batches cut from the records as they lie would take a record where it lies.
+    each = plan.steps_per_epoch(len(labels))
+    place = np.arange(len(labels)) * each // len(labels)
+    agreement = np.sum(sums * residuals, axis=2).reshape(plan.epochs, each, -1)
+    own = agreement.sum(axis=0)[place, np.arange(len(labels))]
+    attacks["sums of the records' place in an epoch"] = own
+    return attacks
 
 
 def audit_dpkip(
@@ -229,90 +318,3 @@ class _ObservedKIP(DPKIP):
         """Adam's moving average of the released gradients."""
         found = [v for v in self.optimizer.variables if "momentum" in v.path]
         return np.asarray(found[0], np.float64)
-
-
-def audit_votes(
-    mechanism: NoisyVotes | None = None,
-    *,
-    target_epsilon: float = 1.0,
-    delta: float = 1e-5,
-    canaries: int = 4096,
-    confidence: float = 0.95,
-    seed: int | None = None,
-) -> AuditResult:
-    """Audits `NoisyVotes` on shards as `ShardPlan` makes them.
-
-    Teachers are the auditor's: one that was trained on a canary votes on every query
-    as the canary's coin and a pattern of the canary's own tell it. Every
-    eighth record is a canary, and every shard holds one record; there are several
-    ensembles on records of their own.
-
-    Args:
-        mechanism: calibrated here to `target_epsilon` over all queries. Its
-            `num_teachers` is the number of shards, eight times a power of two; by
-            default 512 teachers.
-        target_epsilon: per record.
-        delta: strictly between 0 and 1.
-        canaries: number of canaries, rounded up to whole ensembles.
-        confidence: of the bounds.
-        seed: for coins and noise; None for secret ones.
-
-    Returns:
-        The result; its claim is that of a ledger of all queries.
-
-    Raises:
-        ValueError: an argument is out of range.
-    """
-    mechanism = mechanism or NoisyVotes(num_teachers=512)
-    per_ensemble = mechanism.num_teachers // _RECORDS_PER_CANARY
-    patterns = hadamard(per_ensemble)[:, :, None] * np.array([1.0, -1.0])
-    calibrated = mechanism.calibrated(
-        target_epsilon,
-        delta,
-        lambda event: dp_accounting.SelfComposedDpEvent(event, per_ensemble),
-    )
-    ensembles = -(-_validate.positive_int("canaries", canaries) // per_ensemble)
-    included = flip_coins(ensembles * per_ensemble, seed)
-    noise = NoiseSource(seed)
-    shards = _canaries_of_shards(mechanism.num_teachers)
-    scores = []
-    for coins in included.reshape(ensembles, per_ensemble):
-        answers = _canary_votes(shards, coins)
-        stream = noise.stream(noise.advance(), ANSWERS)
-        released = calibrated.release(answers, tf.ones_like(answers), stream)
-        scores.append(np.einsum("cqk,qk->c", patterns, released.answers.numpy()))
-    ledger = Ledger()
-    spend = Spend(
-        unit=mechanism.unit,
-        relation=mechanism.relation,
-        event=calibrated.event(),
-        mechanism=mechanism.name,
-    )
-    ledger.record(spend, per_ensemble)
-    return audit_scores(
-        {"votes": np.concatenate(scores)},
-        included,
-        ledger,
-        unit=mechanism.unit,
-        delta=delta,
-        confidence=confidence,
-        seed=seed,
-    )
-
-
-def _canaries_of_shards(shards: int) -> list[np.ndarray]:
-    """Canaries among the records of each shard; every eighth record is one."""
-    plan = ShardPlan(records=shards, shards=shards)
-    records = [plan.indices(shard) for shard in range(shards)]
-    return [r[r % _RECORDS_PER_CANARY == 0] // _RECORDS_PER_CANARY for r in records]
-
-
-def _canary_votes(shards: list[np.ndarray], coins: np.ndarray) -> tf.Tensor:
-    """Shares of votes `[queries, 2]` of one teacher for each shard."""
-    told = np.where(coins[:, None], 1, -1) * hadamard(len(coins))
-    votes = np.ones((len(shards), len(coins)))  # no canary, no opinion
-    for vote, canaries in zip(votes, shards, strict=True):
-        if len(canaries):
-            vote[:] = np.where(told[canaries].sum(axis=0) >= 0, 1, -1)
-    counts = np.stack([(votes > 0).sum(axis=0), (votes < 0).sum(axis=0)], axis=1)
-    return tf.constant(counts / len(shards), tf.float32)

@@ -4,12 +4,27 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from dp_transcribe import learning
 from dp_transcribe.distillation import LinearTraining, linear
+from dp_transcribe.distillation.releases import RecordSums
 from dp_transcribe.ensembles import ShardPlan
-from dp_transcribe.evaluation import audit_dpkip, audit_linear_model, audit_votes
-from dp_transcribe.mechanisms import noise, noisy_votes
+from dp_transcribe.evaluation import (
+    audit_dpkip,
+    audit_ensemble_gradient,
+    audit_linear_model,
+    audit_private_teacher,
+    audit_votes,
+)
+from dp_transcribe.learning import GradientLearner
+from dp_transcribe.mechanisms import (
+    EnsembleGradient,
+    ensemble_gradient,
+    noise,
+    noisy_votes,
+)
 from dp_transcribe.mechanisms.noise import NoiseSource
 from dp_transcribe.privacy import Unit
+from dp_transcribe.private_teachers import PrivateTraining, descent
 
 SAMPLED = LinearTraining(
     steps=20,
@@ -21,11 +36,22 @@ SAMPLED = LinearTraining(
 WHOLE = LinearTraining(steps=8, learning_rate=1e-2, l2_norm=0.3, accountant="rdp")
 LINEAR = {"canaries": 3000, "seed": 2}
 VOTES = {"canaries": 8192, "seed": 2}
+TEACHER_RECORDS = 2000
+# Ten steps an epoch, or all records in every step.
+TEACHER_SAMPLED = PrivateTraining(
+    epochs=8, batch_size=200, learning_rate=1e-2, accountant="rdp"
+)
+TEACHER_WHOLE = PrivateTraining(
+    epochs=8, batch_size=TEACHER_RECORDS, learning_rate=1e-2, accountant="rdp"
+)
+TEACHER = {"canaries": TEACHER_RECORDS, "seed": 2}
+# A bound far below a contribution's norm of 0.7: without it the claim is far off.
+GRADIENT = EnsembleGradient(num_teachers=4096, l2_norm=0.1)
 
 
 def scale_noise(monkeypatch, factor):
     drawn = noise.standard_normal
-    for module in (noise, noisy_votes):
+    for module in (noise, noisy_votes, learning):
         monkeypatch.setattr(module, "standard_normal", lambda *a: factor * drawn(*a))
 
 
@@ -38,12 +64,28 @@ def weak_noise(monkeypatch):
 
 
 def without_clipping(monkeypatch):
-    bounded = linear.clipped_gradient_sum
+    for module in (linear, descent):
+        bounded = module.clipped_gradient_sum
+
+        def unbounded(*arguments, _bounded=bounded, l2_norm, **kwargs):
+            return _bounded(*arguments, l2_norm=1e9, **kwargs)
+
+        monkeypatch.setattr(module, "clipped_gradient_sum", unbounded)
+    bounded_sum = ensemble_gradient._clipped_sum
     monkeypatch.setattr(
-        linear,
-        "clipped_gradient_sum",
-        lambda *arguments, l2_norm: bounded(*arguments, l2_norm=1e9),
+        ensemble_gradient, "_clipped_sum", lambda rows, bound: bounded_sum(rows, 1e9)
     )
+
+
+def batches_in_order(monkeypatch):
+    """The records as they lie, cut into batches that come around every epoch."""
+
+    def sample(self, num_records):
+        size = round(self.sampling_probability * num_records)
+        first = (self.ledger.releases(Unit.RECORD) - 1) * size % num_records
+        return tf.range(first, first + size, dtype=tf.int64)
+
+    monkeypatch.setattr(RecordSums, "sample", sample)
 
 
 def reused_noise(monkeypatch):
@@ -53,6 +95,10 @@ def reused_noise(monkeypatch):
         NoiseSource,
         "normal_like",
         lambda self, tensors, *, number: drawn(self, tensors, number=first),
+    )
+    of_rows = GradientLearner._row_noise
+    monkeypatch.setattr(
+        GradientLearner, "_row_noise", lambda self, number: of_rows(self, first)
     )
 
 
@@ -106,6 +152,35 @@ def test_noise_missing_from_the_mean_alone_is_flagged(monkeypatch):
     assert audit_linear_model(WHOLE, target_epsilon=1.0, **LINEAR).flagged
 
 
+@pytest.mark.parametrize("training", [TEACHER_WHOLE, TEACHER_SAMPLED])
+def test_a_private_teacher_is_not_flagged_and_its_bound_is_not_zero(training):
+    result = audit_private_teacher(training, target_epsilon=8.0, **TEACHER)
+    assert not result.flagged, result
+    assert result.unit is Unit.RECORD
+    assert 7.9 < result.claimed_epsilon <= 8.0
+    assert result.gaussian_lower_bound > (2.5 if training is TEACHER_WHOLE else 0.5)
+
+
+@pytest.mark.parametrize(
+    ("training", "mutant"),
+    [
+        (TEACHER_WHOLE, without_noise),
+        (TEACHER_WHOLE, weak_noise),
+        (TEACHER_WHOLE, without_clipping),
+        (TEACHER_SAMPLED, without_noise),
+        (TEACHER_SAMPLED, weak_noise),
+        (TEACHER_SAMPLED, without_clipping),
+        (TEACHER_SAMPLED, reused_noise),
+        (TEACHER_SAMPLED, batches_in_order),
+    ],
+)
+def test_a_bug_planted_in_a_private_teacher_is_flagged(training, mutant, monkeypatch):
+    mutant(monkeypatch)
+    result = audit_private_teacher(training, target_epsilon=2.0, **TEACHER)
+    assert result.claimed_epsilon <= 2.0
+    assert result.flagged, result
+
+
 def test_votes_of_disjoint_shards_are_not_flagged():
     result = audit_votes(target_epsilon=4.0, **VOTES)
     assert not result.flagged, result
@@ -119,6 +194,43 @@ def test_a_bug_planted_in_the_votes_is_flagged(mutant, monkeypatch):
     result = audit_votes(target_epsilon=4.0, **VOTES)
     assert result.claimed_epsilon <= 4.0
     assert result.flagged, result
+
+
+def test_gradients_of_disjoint_shards_are_not_flagged():
+    result = audit_ensemble_gradient(
+        GRADIENT, target_epsilon=4.0, canaries=4096, seed=2
+    )
+    assert not result.flagged, result
+    assert result.unit is Unit.RECORD
+    assert 3.9 < result.claimed_epsilon <= 4.0
+    assert result.canaries == 4096
+    assert result.gaussian_lower_bound > 1.2
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [without_noise, weak_noise, without_clipping, reused_noise, overlapping_shards],
+)
+def test_a_bug_planted_in_the_gradients_is_flagged(mutant, monkeypatch):
+    mutant(monkeypatch)
+    result = audit_ensemble_gradient(
+        GRADIENT, target_epsilon=2.0, canaries=2048, seed=2
+    )
+    assert result.claimed_epsilon <= 2.0
+    assert result.flagged, result
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.0])
+def test_gradients_of_the_weights_are_flagged_without_their_noise_alone(
+    factor, monkeypatch
+):
+    scale_noise(monkeypatch, factor)
+    of_weights = EnsembleGradient(num_teachers=512, space="weights")
+    result = audit_ensemble_gradient(
+        of_weights, target_epsilon=1.0, canaries=256, seed=2
+    )
+    assert result.claimed_epsilon <= 1.0
+    assert result.flagged == (factor == 0.0), result
 
 
 @pytest.mark.slow
