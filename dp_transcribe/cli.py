@@ -36,8 +36,10 @@ from dp_transcribe.evaluation.membership import (
     ask,
     strongest_attack,
 )
+from dp_transcribe.evaluation.records import audit_linear_model, audit_private_teacher
 from dp_transcribe.evaluation.report import audit_report, draw_audit
 from dp_transcribe.evaluation.responses import audit_responses
+from dp_transcribe.evaluation.shards import audit_ensemble_gradient, audit_votes
 from dp_transcribe.export import EXTRA_ASSETS
 from dp_transcribe.generators.priors import default_prior
 from dp_transcribe.mechanisms.base import Mechanism
@@ -53,6 +55,13 @@ BUILDERS: dict[str, Callable[..., DPTranscriber]] = {
     "srr": methods.srr,
     "dpsd_data": functools.partial(methods.dpsd, protect="data"),
     "dpsd_label": functools.partial(methods.dpsd, protect="label"),
+}
+# Audits of the unit RECORD by the mechanism that a statement names.
+RECORD_AUDITS: dict[str, Callable[..., AuditResult]] = {
+    "ClippedGradient": audit_private_teacher,
+    "EnsembleGradient": audit_ensemble_gradient,
+    "NoisyVotes": audit_votes,
+    "PrivateLinearModel": audit_linear_model,
 }
 EXIT_FLAGGED = 1
 EXIT_REFUSED = 2
@@ -124,21 +133,14 @@ def audit(config: AuditConfig) -> dict[str, Any]:
     folder = _validate.writable_dir("output_dir", config.output_dir)
     teacher = load_teacher(config.teacher)
     dataset = load_dataset(config.dataset, config.data_dir)
-    student, mechanism, queries = _student(config, teacher)
+    student, statement = _student(config, teacher)
+    audited = audit_claim(statement, config)
     models = {"teacher": teacher, "student": student}
     membership = {
         name: membership_of(model, dataset, config) for name, model in models.items()
     }
-    audited = audit_responses(
-        mechanism,
-        queries,
-        target_epsilon=None,
-        delta=config.delta,
-        canaries=config.canaries,
-        seed=config.seed,
-    )
     inversion = invert_models(models, dataset, folder)
-    draw_audit(folder / "audit.png", [(mechanism.name, audited)], membership)
+    draw_audit(folder / "audit.png", [(statement.mechanism, audited)], membership)
     report = audit_report(
         audited, membership, inversion=inversion, dataset_source=dataset.source
     )
@@ -146,12 +148,12 @@ def audit(config: AuditConfig) -> dict[str, Any]:
     return report
 
 
-def _student(
-    config: AuditConfig, teacher: Teacher
-) -> tuple[Teacher, Mechanism, Queries]:
-    """The student, and how the answers were released that it was made from."""
+def _student(config: AuditConfig, teacher: Teacher) -> tuple[Teacher, PrivacyStatement]:
+    """The student and its statement."""
     if config.student is not None:
-        return load_teacher(config.student), *released_by(Path(config.student))
+        student = load_teacher(config.student)
+        path = Path(config.student) / EXTRA_ASSETS / "statement.json"
+        return student, PrivacyStatement.from_json(path.read_text(encoding="utf-8"))
     if config.seed is not None:
         keras.utils.set_random_seed(config.seed % 2**32)
     prior = default_prior(teacher.input_shape, domain=PRIOR_DOMAINS[config.dataset])
@@ -160,31 +162,54 @@ def _student(
         target_epsilon=config.epsilon, delta=config.delta, epochs=config.epochs
     )
     student = Teacher(transcriber.student, outputs="logits")
-    return student, transcriber.mechanism, transcriber.queries
+    return student, transcriber.privacy_statement()
 
 
-def released_by(student: Path) -> tuple[Mechanism, Queries]:
-    """Mechanism and queries as an exported student's statement describes them.
+def audit_claim(statement: PrivacyStatement, config: AuditConfig) -> AuditResult:
+    """Audits with canaries what a statement claims.
 
     Args:
-        student: the folder that `export_student` wrote.
+        statement: of unit `RESPONSE`: its mechanism is audited with its noise, on its
+            queries. Of unit `RECORD`: what made the release is audited in the size and
+            with the settings of its own audit, calibrated to the statement's epsilon.
+        config: number of canaries, seed, and the delta for `RESPONSE`.
+
+    Returns:
+        The result.
+
+    Raises:
+        ValueError: there is no audit of what the statement describes.
+    """
+    terms: dict[str, Any] = {"canaries": config.canaries, "seed": config.seed}
+    if statement.unit is Unit.RESPONSE:
+        terms.update(target_epsilon=None, delta=config.delta)
+        return audit_responses(*released_by(statement), **terms)
+    last = statement.mechanism.rpartition(" + ")[2]
+    if last not in RECORD_AUDITS:
+        expected = f"a statement of one of {sorted(RECORD_AUDITS)} for the unit RECORD"
+        raise _validate.invalid("student", statement.mechanism, expected)
+    terms.update(target_epsilon=statement.epsilon, delta=statement.delta)
+    return RECORD_AUDITS[last](**terms)
+
+
+def released_by(statement: PrivacyStatement) -> tuple[Mechanism, Queries]:
+    """Mechanism and queries as a statement of unit `RESPONSE` describes them.
+
+    Args:
+        statement: of a transcription.
 
     Returns:
         The mechanism, with its noise, and the queries.
 
     Raises:
-        FileNotFoundError: there is no statement.
-        ValueError: the statement is of another unit, or does not describe them.
+        ValueError: the statement does not describe them.
     """
-    path = student / EXTRA_ASSETS / "statement.json"
-    statement = PrivacyStatement.from_json(path.read_text(encoding="utf-8"))
-    expected = "a student with a statement of its mechanism and queries, unit RESPONSE"
     kind = getattr(mechanisms, statement.mechanism, None)
     details = statement.details
-    known = {"mechanism", "queries"} <= details.keys()
-    if statement.unit is not Unit.RESPONSE or kind is None or not known:
+    if kind is None or not {"mechanism", "queries"} <= details.keys():
+        expected = "a student with a statement of its mechanism and queries"
         mend = "Transcribe again with this version, or audit a `--method`."
-        raise _validate.invalid("student", str(student), expected, mend)
+        raise _validate.invalid("student", statement.mechanism, expected, mend)
     pooled = "updates" in details["queries"]
     queries = (QueryPool if pooled else FreshQueries)(**details["queries"])
     return kind(**details["mechanism"]), queries

@@ -27,7 +27,9 @@ from dp_transcribe.evaluation import (
     Inversion,
     ask,
     audit_dpkip,
+    audit_ensemble_gradient,
     audit_linear_model,
+    audit_private_teacher,
     audit_responses,
     audit_votes,
     offline_lira,
@@ -167,7 +169,9 @@ def canary_audits() -> list[tuple[str, AuditResult]]:
     few = {**terms, "canaries": min(FLAGS.canaries, 2000)}
     audits.append(("distillation, linear", audit_linear_model(**few)))
     audits.append(("distillation, DP-KIP", audit_dpkip(**{**few, "canaries": 400})))
+    audits.append(("private teacher", audit_private_teacher(**few)))
     audits.append(("votes", audit_votes(**terms)))
+    audits.append(("gradients of teachers", audit_ensemble_gradient(**terms)))
     return audits
 
 

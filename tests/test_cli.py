@@ -7,6 +7,7 @@ import math
 import runpy
 import sys
 
+import dp_accounting
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -16,7 +17,7 @@ from dp_transcribe.data import ImageDataset
 from dp_transcribe.evaluation import AuditResult, Inversion, invert
 from dp_transcribe.export import export_student
 from dp_transcribe.mechanisms import NormalizedGradient
-from dp_transcribe.privacy import Unit
+from dp_transcribe.privacy import Ledger, Relation, Spend, Unit, statement_from_ledger
 from dp_transcribe.queries import QueryPool
 from tests import tiny
 
@@ -123,6 +124,49 @@ def audited(bound=0.3):
         correct=60,
         attack="sum",
     )
+
+
+@pytest.mark.parametrize(
+    "mechanism", ["ClippedGradient", "NoisyMean + PrivateLinearModel"]
+)
+def test_a_statement_for_records_is_audited_by_what_it_names(mechanism):
+    result = cli.audit_claim(
+        statement_for_records(mechanism),
+        cli.AuditConfig(teacher="unused", canaries=100, seed=1),
+    )
+    assert result.unit is Unit.RECORD
+    assert result.mechanism == mechanism
+    assert 1.9 < result.claimed_epsilon <= 2.0
+    assert result.delta == 1e-6
+    assert not result.flagged
+
+
+@pytest.mark.parametrize("name", ["EnsembleGradient", "NoisyVotes"])
+def test_a_statement_of_an_ensemble_is_audited_by_its_own_audit(name, monkeypatch):
+    asked = {}
+    monkeypatch.setitem(
+        cli.RECORD_AUDITS, name, lambda **terms: asked.update(terms) or audited()
+    )
+    config = cli.AuditConfig(teacher="unused", canaries=64, delta=0.1, seed=1)
+    cli.audit_claim(statement_for_records(name), config)
+    assert asked == {"target_epsilon": 2.0, "delta": 1e-6, "canaries": 64, "seed": 1}
+
+
+def test_a_statement_that_nothing_audits_is_refused():
+    config = cli.AuditConfig(teacher="unused")
+    with pytest.raises(ValueError, match="EnsembleGradient"):
+        cli.audit_claim(statement_for_records("PrivateCentroids"), config)
+
+
+def statement_for_records(mechanism):
+    ledger = Ledger()
+    event = dp_accounting.GaussianDpEvent(2.5)
+    relation = Relation.REPLACE_SPECIAL
+    ledger.record(
+        Spend(unit=Unit.RECORD, relation=relation, event=event, mechanism=mechanism)
+    )
+    stated = statement_from_ledger(ledger, unit=Unit.RECORD, delta=1e-6)
+    return dataclasses.replace(stated, epsilon=2.0)
 
 
 def test_a_bound_above_the_claim_is_an_exit_status(
