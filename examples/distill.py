@@ -214,13 +214,14 @@ def convnet_accuracy(distilled: DistilledDataset, dataset: ImageDataset) -> floa
         keras.losses.CategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
-    labels = keras.utils.to_categorical(distilled.labels, distilled.num_classes)
+    labels = tf.one_hot(distilled.labels, distilled.num_classes)
     examples = tf.data.Dataset.from_tensor_slices((distilled.images, labels))
     examples = examples.shuffle(len(distilled), seed=FLAGS.seed).batch(CONVNET_BATCH)
     model.fit(examples.map(mixed), epochs=FLAGS.convnet_epochs, verbose=0)
-    labels = keras.utils.to_categorical(dataset.test_labels, distilled.num_classes)
-    test = (dataset.test_images, labels)
-    return float(model.evaluate(*test, batch_size=500, verbose=0)[1])
+    labels = tf.one_hot(dataset.test_labels, distilled.num_classes)
+    return float(
+        model.evaluate(dataset.test_images, labels, batch_size=500, verbose=0)[1]
+    )
 
 
 def run() -> dict[str, Any]:

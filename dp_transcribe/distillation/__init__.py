@@ -1,6 +1,5 @@
 """Private data distillation: a few synthetic examples that stand for a data set."""
 
-from dp_transcribe.distillation.centroids import CentroidTraining, PrivateCentroids
 from dp_transcribe.distillation.dataset import DistilledDataset, balanced_labels
 from dp_transcribe.distillation.distill import Distillation, distill
 from dp_transcribe.distillation.kernels import (
@@ -25,7 +24,6 @@ from dp_transcribe.distillation.whitening import PublicWhitening
 
 __all__ = [
     "CategoricalColumn",
-    "CentroidTraining",
     "DPKIP",
     "Distillation",
     "DistilledDataset",
@@ -36,7 +34,6 @@ __all__ = [
     "MirroredKernel",
     "NTKKernel",
     "NumericColumn",
-    "PrivateCentroids",
     "PrivateLinearModel",
     "PublicWhitening",
     "RBFKernel",

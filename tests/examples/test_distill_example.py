@@ -87,6 +87,12 @@ def test_report_and_files(run, tmp_path):
     assert len(DistilledDataset.load(tmp_path / "out")) == 4
 
 
+def test_a_convnet_learns_from_the_images(run):
+    report = run(example, *DPKIP[:-1], "--images_per_class=2", "--convnet_epochs=1")
+    assert 0.0 <= report["accuracy"]["convnet"] <= 1.0
+    assert "convnet" in report["seconds"]
+
+
 def test_validation_reads_no_test_image(run, monkeypatch):
     seen = {}
     monkeypatch.setitem(
