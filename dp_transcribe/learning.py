@@ -307,7 +307,9 @@ class AnswerLearner(Learner):
             for start in range(0, filled, RENEWED_AT_ONCE):
                 rows = slice(start, min(start + RENEWED_AT_ONCE, filled))
                 queries = dequantize(codes[rows], self.output_range)
-                features[rows].assign(tf.cast(self._embed(queries), tf.float16))
+                features[rows].assign(
+                    tf.saturate_cast(self._embed(queries), tf.float16)
+                )
 
     def begin_steps(self, steps: int) -> bool:
         """Counts the answers to come; whether the student rests is known before them.

@@ -317,7 +317,8 @@ class Replay:
         image_shape: shape of one query.
         num_classes: length of an answer.
         feature_shape: shape of what the frozen part of the student makes of a query,
-            which is then kept beside it in half precision; None keeps queries alone.
+            which is then kept beside it in half precision, cut off at its largest
+            values; None keeps queries alone.
     """
 
     def __init__(
@@ -349,7 +350,7 @@ class Replay:
         rows = (written + tf.range(count)) % self.size
         kept = [(self.codes, codes), (self.released, released)]
         if self.features is not None:
-            kept.append((self.features, tf.cast(features, tf.float16)))
+            kept.append((self.features, tf.saturate_cast(features, tf.float16)))
         for variable, values in kept:
             local_part(variable).scatter_update(tf.IndexedSlices(values, rows))
         written.assign_add(count)

@@ -155,7 +155,7 @@ def test_a_statement_of_an_ensemble_is_audited_by_its_own_audit(name, monkeypatc
 def test_a_statement_that_nothing_audits_is_refused():
     config = cli.AuditConfig(teacher="unused")
     with pytest.raises(ValueError, match="EnsembleGradient"):
-        cli.audit_claim(statement_for_records("PrivateCentroids"), config)
+        cli.audit_claim(statement_for_records("NoisySums"), config)
 
 
 def statement_for_records(mechanism):
