@@ -4,6 +4,7 @@ from dp_transcribe.distillation.centroids import CentroidTraining, PrivateCentro
 from dp_transcribe.distillation.dataset import DistilledDataset, balanced_labels
 from dp_transcribe.distillation.distill import Distillation, distill
 from dp_transcribe.distillation.kernels import (
+    InterceptKernel,
     Kernel,
     MirroredKernel,
     NTKKernel,
@@ -29,6 +30,7 @@ __all__ = [
     "DPKIP",
     "Distillation",
     "DistilledDataset",
+    "InterceptKernel",
     "KIPTraining",
     "Kernel",
     "KernelRidgeClassifier",

@@ -17,7 +17,6 @@ from dp_transcribe.distillation import (
     ScatteringKernel,
     Synthesis,
     distill,
-    synthesize,
 )
 from dp_transcribe.privacy import Unit
 
@@ -129,35 +128,6 @@ def test_distils_from_mirrored_records():
 def test_labels_that_are_no_classes_are_refused(distilled):
     with pytest.raises(ValueError, match="labels"):
         DistilledDataset(distilled.images, np.full(4, 2), 2, distilled.statement)
-
-
-def test_synthesis_approaches_the_given_model():
-    weights = np.random.default_rng(5).normal(size=(KERNEL.num_features, 2))
-    public = KERNEL.embed(Bars().sample(300, [9, 9])).numpy()
-    wanted = (public @ weights).argmax(axis=1)
-    settings = Synthesis(images_per_class=4, steps=60, queries=300)
-    images, labels = synthesize(weights, KERNEL, Bars(), settings=settings)
-    ridge = KernelRidgeClassifier(KERNEL).fit(images, labels)
-    scores = ridge.decision_function(Bars().sample(300, [9, 9]).numpy())
-    assert np.mean(scores.argmax(axis=1) == wanted) > 0.8
-
-
-def test_more_images_than_were_drawn_are_refused_with_the_number():
-    settings = Synthesis(images_per_class=300, queries=200)
-    weights = np.zeros((KERNEL.num_features, 2), np.float32)
-    with pytest.raises(ValueError, match="200"):
-        synthesize(weights, KERNEL, Bars(), settings=settings)
-
-
-def test_more_images_than_fit_into_memory_are_refused_with_the_number():
-    class Posters:
-        def sample(self, n, seed):
-            return tf.zeros([n, 400, 400, 3])
-
-    settings = Synthesis(images_per_class=2)
-    weights = np.zeros((KERNEL.num_features, 2), np.float32)
-    with pytest.raises(ValueError, match="`images_per_class`.*at most 1, "):
-        synthesize(weights, KERNEL, Posters(), settings=settings)
 
 
 @pytest.mark.parametrize(
