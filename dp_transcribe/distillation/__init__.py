@@ -2,7 +2,7 @@
 
 from dp_transcribe.distillation.centroids import CentroidTraining, PrivateCentroids
 from dp_transcribe.distillation.dataset import DistilledDataset, balanced_labels
-from dp_transcribe.distillation.distill import Distillation, distill
+from dp_transcribe.distillation.distill import Distillation, distill, kernel_for_domain
 from dp_transcribe.distillation.kernels import (
     InterceptKernel,
     Kernel,
@@ -49,5 +49,6 @@ __all__ = [
     "balanced_labels",
     "distill",
     "embed_in_batches",
+    "kernel_for_domain",
     "synthesize",
 ]
