@@ -33,15 +33,18 @@ from dp_transcribe.distillation import (
     DPKIP,
     Distillation,
     DistilledDataset,
+    InterceptKernel,
     Kernel,
     KernelRidgeClassifier,
     KIPTraining,
+    MirroredKernel,
     NTKKernel,
     RBFKernel,
     ScatteringKernel,
     Synthesis,
     distill,
     embed_in_batches,
+    kernel_for_domain,
 )
 from dp_transcribe.generators import Mixture
 from dp_transcribe.generators.priors import default_prior
@@ -94,12 +97,13 @@ def public_source(dataset: ImageDataset) -> Mixture:
 
 
 def private_features(
-    dataset: ImageDataset, kernel: Kernel, cache_dir: str | None, tag: str = ""
+    dataset: ImageDataset, kernel: Kernel, cache_dir: str | None
 ) -> np.ndarray:
     """Features of the private images, from the cache if they are there."""
     if cache_dir is None:
         return embed_in_batches(kernel, dataset.train_images)
     folder = _validate.writable_dir("cache_dir", cache_dir)
+    tag = "-mirrored" if isinstance(kernel, MirroredKernel) else ""
     path = folder / f"{dataset.name}-{dataset.source}-{FLAGS.kernel}{tag}.npy"
     if not path.exists():
         everything = load_dataset(dataset.name, FLAGS.data_dir).train_images
@@ -107,15 +111,16 @@ def private_features(
     return np.load(path, mmap_mode="r")[: len(dataset.train_images)]
 
 
-def make_kernel(image_shape: tuple[int, ...]) -> Kernel:
-    """The kernel that the flags say."""
-    if FLAGS.kernel == "scattering":
-        height, width, colours = image_shape
-        return ScatteringKernel((height, width, colours))
+def make_kernel(dataset: ImageDataset) -> Kernel:
+    """The kernel that the flags say; it distils and it classifies."""
     if FLAGS.route == "linear":
         mend = "Take the scattering kernel, or --route=dpkip."
-        expected = "'scattering' for the route 'linear'"
-        raise _validate.invalid("kernel", FLAGS.kernel, expected, mend)
+        _validate.one_of("kernel", FLAGS.kernel, ("scattering",), mend)
+        domain = PRIOR_DOMAINS[dataset.name]
+        return InterceptKernel(kernel_for_domain(domain, dataset.image_shape))
+    if FLAGS.kernel == "scattering":
+        height, width, colours = dataset.image_shape
+        return ScatteringKernel((height, width, colours))
     return NTKKernel() if FLAGS.kernel == "ntk" else RBFKernel()
 
 
@@ -143,13 +148,13 @@ def settings(dataset: ImageDataset) -> Distillation:
 
 
 def by_linear_model(
-    dataset: ImageDataset, kernel: Kernel, cache_dir: str | None, watch: Stopwatch
+    dataset: ImageDataset,
+    kernel: InterceptKernel,
+    cache_dir: str | None,
+    watch: Stopwatch,
 ) -> DistilledDataset:
     """Through a private linear model; the images are made from it at no cost."""
-    plan = settings(dataset)
-    embedded_by = plan.record_kernel(kernel)
-    tag = "-mirrored" if plan.mirrored else ""
-    features = private_features(dataset, embedded_by, cache_dir, tag)
+    features = private_features(dataset, kernel.kernel, cache_dir)
     watch.lap("features")
     return distill(
         dataset.train_images,
@@ -159,7 +164,7 @@ def by_linear_model(
         source=public_source(dataset),
         target_epsilon=FLAGS.epsilon,
         delta=FLAGS.delta,
-        settings=plan,
+        settings=settings(dataset),
         features=features,
         seed=FLAGS.seed,
     )[0]
@@ -238,7 +243,7 @@ def run() -> dict[str, Any]:
     dataset = load_dataset(FLAGS.dataset, FLAGS.data_dir)
     if FLAGS.validate:
         dataset = hold_out(dataset)
-    kernel = make_kernel(dataset.image_shape)
+    kernel = make_kernel(dataset)
     distilled = BY_ROUTE[FLAGS.route](dataset, kernel, FLAGS.cache_dir, watch)
     watch.lap("distillation")
     distilled.save(folder)

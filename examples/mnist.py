@@ -37,7 +37,7 @@ from absl import logging as absl_logging
 import dp_transcribe as dpt
 from dp_transcribe import _validate, reporting
 from dp_transcribe.data import DATASETS, PRIOR_DOMAINS, ImageDataset, load_dataset
-from dp_transcribe.distillation import Distillation
+from dp_transcribe.distillation import Distillation, kernel_for_domain
 from dp_transcribe.distillation.features import scattering_features
 from dp_transcribe.generators.priors import default_prior
 from dp_transcribe.privacy.accounting import ACCOUNTANTS
@@ -269,8 +269,10 @@ def private_teacher(
 
     It is kept for the same privacy target: training it again would spend again.
     """
-    settings = Distillation.for_domain(PRIOR_DOMAINS[dataset.name])
-    facts = (config.epsilon, config.delta, config.seed, settings)
+    domain = PRIOR_DOMAINS[dataset.name]
+    settings = Distillation.for_domain(domain)
+    kernel = kernel_for_domain(domain, dataset.image_shape)
+    facts = (config.epsilon, config.delta, config.seed, settings, kernel)
     path = cached_path(config, dataset, facts)
     cached = cached_teacher(path)
     if cached is not None and cached.statement is not None:
@@ -286,6 +288,7 @@ def private_teacher(
         source=public_prior(config, dataset.image_shape),
         target_epsilon=config.epsilon,
         delta=config.delta,
+        kernel=kernel,
         settings=settings,
         seed=config.seed,
     )

@@ -1,8 +1,9 @@
 """Private data distillation: a few synthetic examples that stand for a data set."""
 
 from dp_transcribe.distillation.dataset import DistilledDataset, balanced_labels
-from dp_transcribe.distillation.distill import Distillation, distill
+from dp_transcribe.distillation.distill import Distillation, distill, kernel_for_domain
 from dp_transcribe.distillation.kernels import (
+    InterceptKernel,
     Kernel,
     MirroredKernel,
     NTKKernel,
@@ -27,6 +28,7 @@ __all__ = [
     "DPKIP",
     "Distillation",
     "DistilledDataset",
+    "InterceptKernel",
     "KIPTraining",
     "Kernel",
     "KernelRidgeClassifier",
@@ -44,5 +46,6 @@ __all__ = [
     "balanced_labels",
     "distill",
     "embed_in_batches",
+    "kernel_for_domain",
     "synthesize",
 ]

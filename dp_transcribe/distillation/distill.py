@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from dp_transcribe import _validate
 from dp_transcribe.distillation.dataset import DistilledDataset
-from dp_transcribe.distillation.kernels import Kernel, MirroredKernel, embed_in_batches
+from dp_transcribe.distillation.kernels import (
+    InterceptKernel,
+    Kernel,
+    MirroredKernel,
+    ScatteringKernel,
+    embed_in_batches,
+)
 from dp_transcribe.distillation.linear import (
     LinearTraining,
     PrivateLinearModel,
     check_labels,
 )
-from dp_transcribe.distillation.synthesis import ImageSource, Synthesis, synthesize
+from dp_transcribe.distillation.synthesis import (
+    ImageSource,
+    Synthesis,
+    check_support,
+    synthesize,
+)
 from dp_transcribe.distillation.whitening import PublicWhitening
 
 _LOGGER = logging.getLogger(__name__)
@@ -34,29 +46,42 @@ class Distillation:
         synthesis: of the support images.
         public_images: number of public images that the whitening is made from.
         damping_rank: see `PublicWhitening.from_public`.
-        mirrored: whether records are embedded by a `MirroredKernel`.
     """
 
     training: LinearTraining = LinearTraining(steps=80, learning_rate=40.0, l2_norm=0.3)
     synthesis: Synthesis = Synthesis()
     public_images: int = 3000
     damping_rank: int = 100
-    mirrored: bool = False
 
     @classmethod
     def for_domain(cls, domain: str) -> Distillation:
         """Settings for images like those that `default_prior` draws for a domain.
 
-        Photographs ("natural") may be mirrored and teach more slowly.
+        Photographs ("natural") teach more slowly. `kernel_for_domain` has the kernel.
         """
         if domain != "natural":
             return cls()
-        training = LinearTraining(steps=60, learning_rate=20.0, l2_norm=0.3)
-        return cls(training=training, mirrored=True)
+        return cls(training=LinearTraining(steps=60, learning_rate=20.0, l2_norm=0.3))
 
-    def record_kernel(self, kernel: Kernel) -> Kernel:
-        """What embeds the private records, given what embeds the support images."""
-        return MirroredKernel(kernel) if self.mirrored else kernel
+
+def kernel_for_domain(
+    domain: str, image_shape: Sequence[int]
+) -> ScatteringKernel | MirroredKernel:
+    """The kernel for images like those that `default_prior` draws for a domain.
+
+    Photographs ("natural") may be mirrored, so theirs is a `MirroredKernel`. Private
+    records, support images and what is to be classified are embedded by one kernel.
+
+    Args:
+        domain: as in `default_prior`.
+        image_shape: `(height, width, colours)`.
+
+    Returns:
+        The kernel; for `distill`, wrap it in an `InterceptKernel`.
+    """
+    height, width, colours = image_shape
+    kernel = ScatteringKernel((height, width, colours))
+    return MirroredKernel(kernel) if domain == "natural" else kernel
 
 
 def distill(
@@ -64,7 +89,7 @@ def distill(
     labels: np.ndarray,
     *,
     num_classes: int,
-    kernel: Kernel,
+    kernel: InterceptKernel,
     source: ImageSource,
     target_epsilon: float,
     delta: float,
@@ -77,17 +102,23 @@ def distill(
     The private images are used in one place only, the fit of the linear model. The
     support images are then made from it and from public images, at no cost.
 
+    The model has an offset, since its features are centred, and so has kernel ridge
+    regression with an `InterceptKernel`. Give `KernelRidgeClassifier` the same kernel:
+    with another one the images stand for another model.
+
     Args:
         images: private images, float `[records, height, width, colours]`.
         labels: their labels, int `[records]`.
         num_classes: number of classes.
-        kernel: an inner product of embeddings, such as `ScatteringKernel`.
+        kernel: around an inner product of embeddings, such as
+            `InterceptKernel(ScatteringKernel(image_shape))`. The private fit takes
+            the embeddings without the constant.
         source: public images.
         target_epsilon: the epsilon per record that is not passed.
         delta: strictly between 0 and 1.
         settings: further settings.
-        features: the embeddings of `images` by `settings.record_kernel(kernel)`, if
-            they are there already.
+        features: the embeddings of `images` by `kernel.kernel`, without the constant,
+            if they are there already.
         seed: None for secret noise; an int makes runs repeatable, for tests.
 
     Returns:
@@ -95,16 +126,19 @@ def distill(
         as private.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range. Nothing was spent.
 
     **Privacy**: unit `RECORD`, zero-out; the statement is in the result.
     """
     settings = settings or Distillation()
+    mend = "Wrap it: `InterceptKernel(kernel)`, for `KernelRidgeClassifier` too."
+    _validate.instance_of("kernel", kernel, InterceptKernel, mend)
+    check_support(kernel, source, settings.synthesis, num_classes=num_classes)
     model, whitening = fit_linear_model(
         images,
         labels,
         num_classes=num_classes,
-        kernel=kernel,
+        kernel=kernel.kernel,
         source=source,
         target_epsilon=target_epsilon,
         delta=delta,
@@ -114,7 +148,7 @@ def distill(
     )
     _LOGGER.info("The linear model is fitted; nothing private is read any more.")
     support, support_labels = synthesize(
-        whitening.plain_weights(model),
+        kernel.weights(*whitening.plain_weights(model)),
         kernel,
         source,
         settings=settings.synthesis,
@@ -144,7 +178,8 @@ def fit_linear_model(
 ) -> tuple[PrivateLinearModel, PublicWhitening]:
     """The one use of the private images: a linear model of whitened embeddings.
 
-    Arguments and errors are those of `distill`.
+    Arguments and errors are those of `distill`, but the kernel has no intercept:
+    centred features leave nothing of a constant.
 
     Returns:
         The model, which is private, and the whitening, which is public.
@@ -152,12 +187,12 @@ def fit_linear_model(
     **Privacy**: unit `RECORD`, zero-out; spends all of `target_epsilon`.
     """
     labels = check_labels(labels, len(images), num_classes)
-    kernel = settings.record_kernel(kernel)
     whitening = public_whitening(kernel, source, settings, seed=seed)
     if features is None:
         features = embed_in_batches(kernel, images)
-    if len(features) != len(images):
-        expected = f"None or one row for each of {len(images)} images"
+    expected_shape = (len(images), whitening.basis.shape[1])
+    if np.shape(features) != expected_shape:
+        expected = f"None or the kernel's embeddings, of shape {expected_shape}"
         raise _validate.invalid("features", np.shape(features), expected)
     model = PrivateLinearModel(num_classes, settings.training, seed=seed)
     model.fit(

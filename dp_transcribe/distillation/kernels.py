@@ -278,12 +278,11 @@ def _flatten(inputs: tf.Tensor) -> tf.Tensor:
 class MirroredKernel(Kernel):
     """Embeds an image as the mean of what a kernel makes of it and of its mirror image.
 
-    For private records whose mirror images are as good. A linear model of these
-    embeddings hardly tells left from right, so it answers an embedding of the plain
-    image about as it answers the mean.
+    For images whose mirror images mean the same. A model of these embeddings answers
+    by them alone: given the kernel's own embeddings it is less accurate.
 
     Attributes:
-        kernel: an inner product of embeddings.
+        kernel: the kernel.
 
     **Privacy**: still a public function of each record alone, and no longer than the
     kernel's own embeddings.
@@ -306,6 +305,56 @@ class MirroredKernel(Kernel):
         return self.kernel.between(left, right)
 
 
+@dataclasses.dataclass(frozen=True)
+class InterceptKernel(Kernel):
+    """Appends one constant coordinate to every embedding.
+
+    Kernel ridge regression with this kernel has an intercept: the offset of each class
+    is the weight of the constant times its length.
+
+    Attributes:
+        kernel: the kernel.
+        length: the constant, above 0. The longer it is, the less the regularisation
+            holds the intercept back.
+
+    **Privacy**: the constant says nothing of a record, but makes embeddings longer.
+    Private sums take the embeddings of `kernel`, as `distill` does.
+    """
+
+    kernel: Kernel
+    length: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Checks the length."""
+        _validate.positive_finite("length", self.length)
+
+    @property
+    def is_inner_product(self) -> bool:
+        """Whether the kernel's own products are."""
+        return self.kernel.is_inner_product
+
+    def embed(self, inputs: tf.Tensor) -> tf.Tensor:
+        """The kernel's embeddings and the constant, float32 `[n, features + 1]`."""
+        embedded = self.kernel.embed(inputs)
+        return tf.pad(embedded, [[0, 0], [0, 1]], constant_values=self.length)
+
+    def between(self, left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
+        """The kernel's own products plus the square of the constant."""
+        return self.kernel.between(left[:, :-1], right[:, :-1]) + self.length**2
+
+    def weights(self, weights: np.ndarray, offset: np.ndarray) -> np.ndarray:
+        """A linear model with an offset as weights of these embeddings.
+
+        Args:
+            weights: float `[features, classes]`, of the kernel's own embeddings.
+            offset: float `[classes]`.
+
+        Returns:
+            float `[features + 1, classes]`.
+        """
+        return np.concatenate([weights, offset[None] / self.length])
+
+
 def embed_in_batches(
     kernel: Kernel, inputs: np.ndarray, *, batch_size: int = 200
 ) -> np.ndarray:
@@ -326,12 +375,52 @@ def embed_in_batches(
         raise _validate.invalid("inputs", np.shape(inputs), "at least one input")
     out: np.ndarray | None = None
     for start in range(0, len(inputs), batch_size):
-        batch = np.asarray(inputs[start : start + batch_size], np.float32)
-        missing = batch_size - len(batch)
-        # One shape throughout, since every new one is compiled anew.
-        padded = np.pad(batch, [(0, missing)] + [(0, 0)] * (batch.ndim - 1))
-        rows = kernel.embed(tf.constant(padded)).numpy()
+        batch = _padded(inputs[start : start + batch_size], batch_size)
+        rows = kernel.embed(tf.constant(batch)).numpy()
         if out is None:
             out = np.empty((len(inputs), rows.shape[1]), np.float32)
-        out[start : start + batch_size] = rows[: len(batch)]
+        out[start : start + batch_size] = rows[: len(out) - start]
     return out  # type: ignore[return-value]
+
+
+def pull_back_in_batches(
+    kernel: Kernel, inputs: np.ndarray, upstream: np.ndarray, *, batch_size: int
+) -> np.ndarray:
+    """Carries a gradient from embeddings back to the inputs.
+
+    Every batch is embedded anew, so that what is kept for the way back is that of one
+    batch.
+
+    Args:
+        kernel: the kernel.
+        inputs: float `[n, ...]`.
+        upstream: float `[n, features]`, the gradient with respect to the embeddings.
+        batch_size: inputs that are treated at once.
+
+    Returns:
+        float32, of the inputs' shape.
+    """
+    out = np.empty(np.shape(inputs), np.float32)
+    for start in range(0, len(inputs), batch_size):
+        batch, gradient = (
+            tf.constant(_padded(values[start : start + batch_size], batch_size))
+            for values in (inputs, upstream)
+        )
+        rows = _pulled_back(kernel, batch, gradient).numpy()
+        out[start : start + batch_size] = rows[: len(out) - start]
+    return out
+
+
+@tf.function
+def _pulled_back(kernel: Kernel, inputs: tf.Tensor, upstream: tf.Tensor) -> tf.Tensor:
+    """The vector-Jacobian product of the embedding, compiled per kernel and shape."""
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        embedded = kernel.embed(inputs)
+    return tape.gradient(embedded, inputs, output_gradients=upstream)
+
+
+def _padded(rows: np.ndarray, count: int) -> np.ndarray:
+    """Rows as float32 with zeros appended: one shape is compiled once."""
+    rows = np.asarray(rows, np.float32)
+    return np.pad(rows, [(0, count - len(rows))] + [(0, 0)] * (rows.ndim - 1))

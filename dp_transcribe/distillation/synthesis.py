@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import keras
@@ -18,12 +19,26 @@ import tensorflow as tf
 
 from dp_transcribe import _validate
 from dp_transcribe.distillation.dataset import balanced_labels
-from dp_transcribe.distillation.kernels import KEPT_PER_PIXEL, LARGEST, Kernel
+from dp_transcribe.distillation.kernels import (
+    KEPT_PER_PIXEL,
+    LARGEST,
+    Kernel,
+    embed_in_batches,
+    pull_back_in_batches,
+)
 from dp_transcribe.distillation.ridge import centred_one_hot, ridge_solve
 
 _LOGGER = logging.getLogger(__name__)
 _BATCH = 250
+# Support images that are embedded at once.
+_CHUNK = 25
+# A step holds about this many copies of all embeddings and kernel values.
+_COPIES = 8
 _LOG_EVERY = 25
+
+
+# From embeddings to a value and its gradient.
+Pull = Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
 
 class ImageSource(Protocol):
@@ -76,7 +91,8 @@ def synthesize(
     are raised: that of the weights, and that of the outputs on the public images.
 
     Args:
-        weights: float `[features, classes]`, a linear model of the kernel's features.
+        weights: float `[features, classes]`, a linear model of the kernel's
+            embeddings. `InterceptKernel.weights` makes them of weights and offset.
         kernel: a kernel that is the inner product of its embeddings.
         source: a public source of images; its images must know nothing of the data.
         settings: how the images are made.
@@ -87,78 +103,154 @@ def synthesize(
         classes in order.
 
     Raises:
-        ValueError: there are more support images asked for than public ones drawn,
-            or than fit into 4 GiB while they are moved.
+        ValueError: see `check_support`.
 
     **Privacy**: post-processing of the weights; nothing else that is private is read.
     """
     settings = settings or Synthesis()
     labels = balanced_labels(settings.images_per_class, weights.shape[1])
-    if settings.images_per_class > settings.queries:
-        expected = f"at most `queries`, which is {settings.queries}"
-        raise _validate.invalid("images_per_class", settings.images_per_class, expected)
-    _check_memory(source, len(labels), weights.shape[1])
+    chunk = check_support(kernel, source, settings, num_classes=weights.shape[1])
     images, features = _public_images(source, kernel, settings.queries, seed)
     target = tf.constant(_centred(weights), tf.float32)
     start = _surest(features @ target.numpy(), settings.images_per_class)
     support = tf.Variable(images[start])
-    _match(support, labels, kernel, target, features, settings)
+    targets = tf.constant(centred_one_hot(labels, weights.shape[1]))
+    pull = _pull(kernel, targets, target, tf.constant(features), settings.penalty)
+    _move(support, kernel, pull, settings, chunk)
     return support.numpy(), labels
 
 
+def check_support(
+    kernel: Kernel, source: ImageSource, settings: Synthesis, *, num_classes: int
+) -> int:
+    """Refuses, before any work, what `synthesize` cannot make.
+
+    Args:
+        kernel: embeds the images.
+        source: a public source of images.
+        settings: how many images are asked for, and from how many.
+        num_classes: number of classes.
+
+    Returns:
+        The number of images whose embedding is differentiated at once.
+
+    Raises:
+        ValueError: the kernel is no inner product of its embeddings, there are more
+            support images asked for than public ones drawn, or they or a single
+            embedding would not fit into 4 GiB.
+    """
+    if not kernel.is_inner_product:
+        expected = "an inner product of embeddings, such as that of `ScatteringKernel`"
+        raise _validate.invalid("kernel", kernel, expected)
+    asked = settings.images_per_class
+    if asked > settings.queries:
+        expected = f"at most `queries`, which is {settings.queries}"
+        raise _validate.invalid("images_per_class", asked, expected)
+    example = source.sample(1, tf.constant([0, 0], tf.int32))
+    values = math.prod(example.shape)
+    # Twice, since a kernel may embed an image and its mirror image.
+    most = LARGEST // (2 * KEPT_PER_PIXEL)
+    if values > most:
+        expected = f"images of at most {most} values, one of which takes 4 GiB"
+        raise _validate.invalid("source", example.shape[1:].as_list(), expected)
+    width = int(kernel.embed(example).shape[1]) + values
+    largest = (math.isqrt(width**2 + 4 * (LARGEST // _COPIES)) - width) // 2
+    if asked * num_classes > largest:
+        expected = f"at most {largest // num_classes}, which take 4 GiB"
+        raise _validate.invalid("images_per_class", asked, expected)
+    return min(_CHUNK, most // values)
+
+
 def implied_weights(
-    support: tf.Tensor, targets: tf.Tensor, kernel: Kernel, penalty: float
+    embedded: tf.Tensor, targets: tf.Tensor, kernel: Kernel, penalty: float
 ) -> tf.Tensor:
     """Weights of the linear model that ridge regression on the support is.
 
     Args:
-        support: float32 `[n, height, width, colours]`.
+        embedded: float32 `[n, features]`, the embeddings of the support images.
         targets: float32 `[n, classes]`.
         kernel: a kernel that is the inner product of its embeddings.
         penalty: as in `KernelRidgeClassifier`.
 
     Returns:
-        float32 `[features, classes]`; differentiable in the support.
+        float32 `[features, classes]`; differentiable in the embeddings.
     """
-    embedded = kernel.embed(support)
     solution = ridge_solve(kernel.between(embedded, embedded), targets, penalty)
     return tf.matmul(embedded, solution, transpose_a=True)
 
 
-def _match(
-    support: tf.Variable,
-    labels: np.ndarray,
+def _pull(
     kernel: Kernel,
+    targets: tf.Tensor,
     target: tf.Tensor,
-    features: np.ndarray,
-    settings: Synthesis,
-) -> None:
-    """Moves the support images."""
-    targets = tf.constant(centred_one_hot(labels, target.shape[1]))
-    public = tf.constant(features)
+    public: tf.Tensor,
+    penalty: float,
+) -> Pull:
+    """What draws the embeddings of the support to a linear model.
+
+    Args:
+        kernel: the kernel.
+        targets: float32 `[n, classes]`, of the ridge regression.
+        target: float32 `[features, classes]`, the model.
+        public: float32 `[queries, features]`, embeddings to compare outputs on.
+        penalty: of the ridge regression.
+
+    Returns:
+        A function of the embeddings, float32 `[n, features]`: the dissimilarity of
+        the ridge regression and the model, and its gradient.
+    """
     wanted = tf.matmul(public, target)
+
+    @tf.function
+    def pull(embedded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        with tf.GradientTape() as tape:
+            tape.watch(embedded)
+            found = implied_weights(embedded, targets, kernel, penalty)
+            found -= tf.reduce_mean(found, axis=1, keepdims=True)
+            outputs = tf.matmul(public, found)
+            likeness = _cosine(found, target) + _cosine(outputs, wanted)
+            loss = 2.0 - likeness
+        return loss, tape.gradient(loss, embedded)
+
+    return pull
+
+
+def support_gradient(
+    support: np.ndarray, kernel: Kernel, pull: Pull, *, chunk: int
+) -> tuple[tf.Tensor, np.ndarray]:
+    """A function of embeddings and its gradient with respect to the images.
+
+    The images are embedded in chunks without a tape, and each chunk once more with
+    one to carry the gradient back: memory for that is that of one chunk.
+
+    Args:
+        support: float32 `[n, height, width, colours]`.
+        kernel: embeds the images.
+        pull: gives a value and its gradient for embeddings `[n, features]`.
+        chunk: images that are embedded at once.
+
+    Returns:
+        The value, and the gradient, float32 of the support's shape.
+    """
+    embedded = embed_in_batches(kernel, support, batch_size=chunk)
+    value, upstream = pull(tf.constant(embedded))
+    gradient = pull_back_in_batches(kernel, support, upstream.numpy(), batch_size=chunk)
+    return value, gradient
+
+
+def _move(
+    support: tf.Variable, kernel: Kernel, pull: Pull, settings: Synthesis, chunk: int
+) -> None:
+    """Moves the support images down the gradient."""
     optimizer = keras.optimizers.Adam(
         keras.optimizers.schedules.CosineDecay(
             settings.learning_rate, settings.steps, alpha=0.1
         )
     )
-    optimizer.build([support])
-
-    @tf.function
-    def step() -> tf.Tensor:
-        with tf.GradientTape() as tape:
-            found = implied_weights(support, targets, kernel, settings.penalty)
-            found -= tf.reduce_mean(found, axis=1, keepdims=True)
-            outputs = tf.matmul(public, found)
-            likeness = _cosine(found, target) + _cosine(outputs, wanted)
-            loss = 2.0 - likeness
-        gradient = tape.gradient(loss, support)
-        optimizer.apply_gradients([(gradient, support)])
-        support.assign(tf.clip_by_value(support, *settings.pixel_range))
-        return loss
-
     for number in range(1, settings.steps + 1):
-        loss = step()
+        loss, gradient = support_gradient(support.numpy(), kernel, pull, chunk=chunk)
+        optimizer.apply_gradients([(tf.constant(gradient), support)])
+        support.assign(tf.clip_by_value(support, *settings.pixel_range))
         if number % _LOG_EVERY == 0:
             _LOGGER.info("step %d: dissimilarity %.4f", number, float(loss))
 
@@ -173,15 +265,6 @@ def _public_images(
         images.append(np.asarray(batch))
         features.append(kernel.embed(batch).numpy())
     return np.concatenate(images)[:count], np.concatenate(features)[:count]
-
-
-def _check_memory(source: ImageSource, count: int, num_classes: int) -> None:
-    """Refuses more support images than fit, naming the number that does."""
-    example = source.sample(1, tf.constant([0, 0], tf.int32))
-    largest = LARGEST // (KEPT_PER_PIXEL * math.prod(example.shape))
-    if count > largest:
-        expected = f"at most {largest // num_classes}, which take 4 GiB"
-        raise _validate.invalid("images_per_class", count // num_classes, expected)
 
 
 def _surest(scores: np.ndarray, per_class: int) -> np.ndarray:

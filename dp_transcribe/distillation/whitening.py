@@ -67,29 +67,28 @@ class PublicWhitening:
             out[start : start + _ROWS] = self._scale(rows, self.factors)
         return out
 
-    def plain_weights(self, model: PrivateLinearModel) -> np.ndarray:
+    def plain_weights(self, model: PrivateLinearModel) -> tuple[np.ndarray, np.ndarray]:
         """A linear model of the plain features from one of the whitened features.
 
-        The offset that comes from the model's centre is carried by the direction of
-        the mean, along which every embedding has about the same length.
+        Its scores are the model's logits up to a factor of each example, which is
+        above 0: the most likely class is always the same.
 
         Args:
             model: fitted on whitened features.
 
         Returns:
-            float32 `[features, classes]`.
+            Weights, float32 `[features, classes]`, and the offset that the model's
+            centre makes, float32 `[classes]`.
+
+        Raises:
+            RuntimeError: the model was not fitted.
 
         **Privacy**: post-processing of the model.
         """
         weights, centre = model.weights, model.centre
         if weights is None or centre is None:
             raise RuntimeError("The model has no weights yet. Call `fit` first.")
-        plain = self._scale(weights.T, self.factors).T
-        mean = self._scale(centre[None], 1.0 / self.factors)[0]
-        length = float(mean @ mean)
-        if length == 0.0:
-            return plain
-        return plain - np.outer(mean, centre @ weights) / np.float32(length)
+        return self._scale(weights.T, self.factors).T, -(centre @ weights)
 
     def _scale(self, rows: np.ndarray, factors: np.ndarray) -> np.ndarray:
         """Multiplies the coordinates along the basis by factors."""

@@ -9,8 +9,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from dp_transcribe import _validate
 from dp_transcribe.distillation.distill import Distillation, fit_linear_model
-from dp_transcribe.distillation.kernels import ScatteringKernel
+from dp_transcribe.distillation.kernels import Kernel, MirroredKernel, ScatteringKernel
 from dp_transcribe.distillation.linear import (
     PrivateLinearModel,
     centred_logits,
@@ -21,19 +22,18 @@ from dp_transcribe.teachers import Teacher
 
 # Images that are embedded at once; one compiled function serves any batch.
 _ROWS = 128
-# Unit vectors that are whitened at once, to read off the map.
-_UNIT_VECTORS = 1000
 
 
 @keras.saving.register_keras_serializable(package="dp_transcribe")
 class ScatteringEmbedding(keras.layers.Layer):
-    """The embedding of a `ScatteringKernel` as a layer without weights.
+    """The embedding of a `ScatteringKernel`, mirrored or not, without weights.
 
     Args:
         image_shape: height, width and number of colours.
         groups: see `ScatteringKernel`.
         scale: see `ScatteringKernel`.
         orientations: see `ScatteringKernel`.
+        mirrored: whether the embedding is that of a `MirroredKernel`.
     """
 
     def __init__(
@@ -42,21 +42,28 @@ class ScatteringEmbedding(keras.layers.Layer):
         groups: int | None = None,
         scale: int = 2,
         orientations: int = 8,
+        mirrored: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(trainable=False, dtype="float32", **kwargs)
         height, width, colours = image_shape
         shape = (height, width, colours)
-        self.kernel = ScatteringKernel(shape, groups, scale, orientations)
+        self.scattering = ScatteringKernel(shape, groups, scale, orientations)
+        self.mirrored = mirrored
+
+    @property
+    def kernel(self) -> Kernel:
+        """What embeds the images."""
+        return MirroredKernel(self.scattering) if self.mirrored else self.scattering
 
     def call(self, images: tf.Tensor) -> tf.Tensor:
         """Images `[batch, *image_shape]` to features `[batch, features]`."""
-        shape = self.kernel.image_shape
+        shape = self.scattering.image_shape
         count = tf.shape(images)[0]
         missing = -count % _ROWS
         padded = tf.pad(images, [[0, missing], [0, 0], [0, 0], [0, 0]])
         blocks = tf.reshape(padded, [-1, _ROWS, *shape])
-        size = self.kernel.num_features
+        size = self.scattering.num_features
         embedded = tf.map_fn(
             self.kernel.embed,
             blocks,
@@ -67,26 +74,27 @@ class ScatteringEmbedding(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, int]:
         """`(batch, features)`."""
-        return input_shape[0], self.kernel.num_features
+        return input_shape[0], self.scattering.num_features
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments."""
-        kernel = self.kernel
+        scattering = self.scattering
         return {
             "name": self.name,
-            "image_shape": list(kernel.image_shape),
-            "groups": kernel.groups,
-            "scale": kernel.scale,
-            "orientations": kernel.orientations,
+            "image_shape": list(scattering.image_shape),
+            "groups": scattering.groups,
+            "scale": scattering.scale,
+            "orientations": scattering.orientations,
+            "mirrored": self.mirrored,
         }
 
 
 @keras.saving.register_keras_serializable(package="dp_transcribe")
 class WhitenedLinear(keras.layers.Layer):
-    """A `PrivateLinearModel` of whitened features.
+    """A `PublicWhitening` and a `PrivateLinearModel` of what it makes of features.
 
     Args:
-        rank: number of whitened features.
+        rank: number of directions that are whitened.
         num_classes: number of logits.
     """
 
@@ -97,10 +105,12 @@ class WhitenedLinear(keras.layers.Layer):
 
     def build(self, input_shape: Any) -> None:
         """Makes the weights, all zero."""
+        features = input_shape[-1]
         shapes = {
-            "map": (input_shape[-1], self.rank),
-            "centre": (self.rank,),
-            "kernel": (self.rank, self.num_classes),
+            "basis": (self.rank, features),
+            "factors": (self.rank,),
+            "centre": (features,),
+            "kernel": (features, self.num_classes),
         }
         made = {
             name: self.add_weight(
@@ -108,12 +118,13 @@ class WhitenedLinear(keras.layers.Layer):
             )
             for name, shape in shapes.items()
         }
-        self.map, self.centre, self.kernel = made.values()
+        self.basis, self.factors, self.centre, self.kernel = made.values()
         self.built = True
 
     def call(self, features: tf.Tensor) -> tf.Tensor:
         """Features `[batch, features]` to logits `[batch, num_classes]`."""
-        whitened = tf.matmul(features, self.map)
+        along = tf.matmul(features, self.basis, transpose_b=True)
+        whitened = features + tf.matmul(along * (self.factors - 1.0), self.basis)
         return centred_logits(
             whitened,
             tf.convert_to_tensor(self.centre),
@@ -134,41 +145,45 @@ class WhitenedLinear(keras.layers.Layer):
 
 
 def scattering_classifier(
-    kernel: ScatteringKernel, whitening: PublicWhitening, model: PrivateLinearModel
+    kernel: ScatteringKernel | MirroredKernel,
+    whitening: PublicWhitening,
+    model: PrivateLinearModel,
 ) -> keras.Model:
     """The Keras model that embeds, whitens and scores.
 
     Args:
-        kernel: embeds the images.
+        kernel: a `ScatteringKernel`, or a `MirroredKernel` around one.
         whitening: maps the embeddings.
         model: fitted on whitened embeddings.
 
     Returns:
         A model `[batch, *image_shape]` to logits `[batch, classes]`.
     """
-    matrix = _matrix(whitening, kernel.num_features)
-    last = WhitenedLinear(matrix.shape[1], model.num_classes, name="logits")
+    scattering = _scattering(kernel)
+    last = WhitenedLinear(len(whitening.basis), model.num_classes, name="logits")
     classifier = keras.Sequential(
         [
-            keras.layers.Input(kernel.image_shape),
+            keras.layers.Input(scattering.image_shape),
             ScatteringEmbedding(
-                kernel.image_shape, kernel.groups, kernel.scale, kernel.orientations
+                scattering.image_shape,
+                scattering.groups,
+                scattering.scale,
+                scattering.orientations,
+                mirrored=isinstance(kernel, MirroredKernel),
             ),
             last,
         ],
         name="teacher",
     )
-    last.set_weights([matrix, model.centre, model.weights])
+    last.set_weights([whitening.basis, whitening.factors, model.centre, model.weights])
     return classifier
 
 
-def _matrix(whitening: PublicWhitening, size: int) -> np.ndarray:
-    """The whitening as a matrix, float32 `[features, rank]`."""
-    parts = []
-    for start in range(0, size, _UNIT_VECTORS):
-        count = min(_UNIT_VECTORS, size - start)
-        parts.append(whitening.apply(np.eye(count, size, start, np.float32)))
-    return np.concatenate(parts)
+def _scattering(kernel: Kernel) -> ScatteringKernel:
+    """The scattering kernel that this is or mirrors; others are refused."""
+    inner = kernel.kernel if isinstance(kernel, MirroredKernel) else kernel
+    mend = "`kernel_for_domain` makes one, mirrored where images may be."
+    return _validate.instance_of("kernel", inner, ScatteringKernel, mend)
 
 
 def fit_scattering_teacher(
@@ -179,6 +194,7 @@ def fit_scattering_teacher(
     source: ImageSource,
     target_epsilon: float,
     delta: float,
+    kernel: ScatteringKernel | MirroredKernel | None = None,
     settings: Distillation | None = None,
     features: np.ndarray | None = None,
     seed: int | None = None,
@@ -195,9 +211,11 @@ def fit_scattering_teacher(
         source: public images, such as random processes, for the whitening.
         target_epsilon: the epsilon per record that is not passed.
         delta: strictly between 0 and 1.
+        kernel: embeds private images while fitting and whatever the teacher is asked
+            about later, such as that of `kernel_for_domain`; by default a
+            `ScatteringKernel`.
         settings: further settings.
-        features: the embeddings of `images` by `ScatteringKernel`, or by what
-            `settings.record_kernel` makes of it, if they are there already.
+        features: the embeddings of `images` by the kernel, if they are there already.
         seed: None for secret noise; an int makes runs repeatable, for tests.
 
     Returns:
@@ -214,7 +232,11 @@ def fit_scattering_teacher(
     """
     settings = settings or Distillation()
     height, width, colours = np.shape(images)[1:]
-    kernel = ScatteringKernel((height, width, colours))
+    kernel = kernel or ScatteringKernel((height, width, colours))
+    fitting = _scattering(kernel).image_shape
+    if fitting != (height, width, colours):
+        expected = f"a kernel of images {(height, width, colours)}"
+        raise _validate.invalid("kernel", kernel, expected)
     model, whitening = fit_linear_model(
         images,
         labels,

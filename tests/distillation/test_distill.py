@@ -1,7 +1,5 @@
 """From private images to distilled ones, end to end, and the result object."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -9,19 +7,25 @@ import tensorflow as tf
 from dp_transcribe.distillation import (
     Distillation,
     DistilledDataset,
+    InterceptKernel,
+    Kernel,
     KernelRidgeClassifier,
     LinearTraining,
     MirroredKernel,
     PrivateLinearModel,
     PublicWhitening,
+    RBFKernel,
     ScatteringKernel,
     Synthesis,
     distill,
-    synthesize,
+    embed_in_batches,
+    kernel_for_domain,
 )
+from dp_transcribe.distillation.distill import public_whitening
 from dp_transcribe.privacy import Unit
 
 KERNEL = ScatteringKernel((8, 8, 1), groups=1, scale=1, orientations=4)
+INTERCEPT = InterceptKernel(KERNEL)
 
 
 class Bars:
@@ -48,26 +52,29 @@ SETTINGS = Distillation(
 )
 
 
-@pytest.fixture(scope="module")
-def distilled():
-    images, labels = Bars().draw(4000, seed=1)
-    images[7, 3, 3] = np.nan
+def distil(images, labels, kernel=INTERCEPT, **kwargs):
+    arguments = {"source": Bars(), "settings": SETTINGS, "seed": 3, **kwargs}
     return distill(
         images,
         labels,
         num_classes=2,
-        kernel=KERNEL,
-        source=Bars(),
+        kernel=kernel,
         target_epsilon=1.0,
         delta=1e-5,
-        settings=SETTINGS,
-        seed=3,
-    )[0]
+        **arguments,
+    )
+
+
+@pytest.fixture(scope="module")
+def distilled():
+    images, labels = Bars().draw(4000, seed=1)
+    images[7, 3, 3] = np.nan
+    return distil(images, labels)[0]
 
 
 def test_ridge_regression_on_the_distilled_images_classifies_real_ones(distilled):
     images, labels = Bars().draw(300, seed=2)
-    ridge = KernelRidgeClassifier(KERNEL).fit(distilled.images, distilled.labels)
+    ridge = KernelRidgeClassifier(INTERCEPT).fit(distilled.images, distilled.labels)
     assert ridge.score(images, labels) > 0.95
     np.testing.assert_array_equal(distilled.labels, [0, 0, 1, 1])
     assert distilled.images.min() >= 0.0 and distilled.images.max() <= 1.0
@@ -107,57 +114,103 @@ def test_a_mirrored_embedding_does_not_tell_left_from_right():
     )
 
 
-def test_distils_from_mirrored_records():
-    images, labels = Bars().draw(4000, seed=1)
-    settings = dataclasses.replace(SETTINGS, mirrored=True)
-    result, _ = distill(
-        images,
-        labels,
-        num_classes=2,
-        kernel=KERNEL,
-        source=Bars(),
-        target_epsilon=1.0,
-        delta=1e-5,
-        settings=settings,
-        seed=3,
+def test_photographs_are_mirrored_and_nothing_else_is():
+    kernel = ScatteringKernel((32, 32, 3))
+    assert kernel_for_domain("natural", (32, 32, 3)) == MirroredKernel(kernel)
+    assert kernel_for_domain("clothes", (32, 32, 3)) == kernel
+
+
+class Pixels(Kernel):
+    """Inner products of pixels, of norm at most one."""
+
+    is_inner_product = True
+
+    def embed(self, inputs):
+        return tf.reshape(inputs, [-1, 16]) / 4.0
+
+    def between(self, left, right):
+        return tf.matmul(left, right, transpose_b=True)
+
+
+class Clouds:
+    """Images of any brightness; class 1 is brighter below, class 0 above."""
+
+    def draw(self, n, seed):
+        rng = np.random.default_rng(seed)
+        labels = rng.integers(0, 2, n)
+        images = rng.uniform(0.1, 0.7, (n, 1, 1)) + rng.uniform(-0.1, 0.1, (n, 4, 4))
+        images[:, 2:] += 0.2 * labels[:, None, None]
+        return images[..., None].astype(np.float32), labels
+
+    def sample(self, n, seed):
+        return tf.constant(self.draw(n, np.asarray(seed))[0])
+
+
+def test_ridge_regression_answers_as_the_private_model_does():
+    kernel = InterceptKernel(MirroredKernel(Pixels()))
+    settings = Distillation(
+        training=LinearTraining(steps=20, learning_rate=4.0, accountant="rdp"),
+        synthesis=Synthesis(images_per_class=4, steps=100, queries=500),
+        public_images=250,
+        damping_rank=5,
     )
-    fresh, truth = Bars().draw(300, seed=9)
-    ridge = KernelRidgeClassifier(KERNEL).fit(result.images, result.labels)
-    assert ridge.score(fresh, truth) > 0.9
+    images, labels = Clouds().draw(4000, seed=1)
+    result, model = distil(images, labels, kernel, source=Clouds(), settings=settings)
+    whitening = public_whitening(kernel.kernel, Clouds(), settings, seed=3)
+    fresh, truth = Clouds().draw(500, seed=9)
+    answers = model.predict(whitening.apply(embed_in_batches(kernel.kernel, fresh)))
+    assert np.mean(answers == truth) > 0.9
+
+    def agreement(kernel):
+        ridge = KernelRidgeClassifier(kernel).fit(result.images, result.labels)
+        return np.mean(ridge.predict(fresh) == answers)
+
+    assert agreement(kernel) > 0.97
+    assert agreement(kernel.kernel) < 0.95
+
+
+@pytest.mark.parametrize("kernel", [KERNEL, InterceptKernel(RBFKernel())])
+def test_kernels_without_intercept_or_inner_product_are_refused(kernel):
+    images, labels = Bars().draw(20, seed=1)
+    with pytest.raises(ValueError, match="`kernel`"):
+        distil(images, labels, kernel)
+
+
+def test_features_with_the_constant_are_refused():
+    images, labels = Bars().draw(20, seed=1)
+    features = embed_in_batches(INTERCEPT, images)
+    width = features.shape[1] - 1
+    with pytest.raises(ValueError, match=rf"`features`.*\(20, {width}\)"):
+        distil(images, labels, features=features)
+
+
+@pytest.mark.parametrize("inner", [KERNEL, RBFKernel(0.1)])
+def test_an_intercept_adds_a_constant_to_the_kernel(inner):
+    images = Bars().sample(5, [1, 2])
+    kernel = InterceptKernel(inner, length=0.5)
+    np.testing.assert_allclose(
+        kernel(images, images[:3]), inner(images, images[:3]) + 0.25, atol=1e-5
+    )
+    assert kernel.is_inner_product is inner.is_inner_product
+    with pytest.raises(ValueError, match="length"):
+        InterceptKernel(inner, length=0.0)
+
+
+def test_an_intercept_carries_the_offset():
+    weights = np.random.default_rng(5).normal(size=(KERNEL.num_features, 2))
+    offset = np.array([1.0, -3.0])
+    kernel = InterceptKernel(KERNEL, length=0.5)
+    images = Bars().sample(5, [1, 2])
+    np.testing.assert_allclose(
+        kernel.embed(images).numpy() @ kernel.weights(weights, offset),
+        KERNEL.embed(images).numpy() @ weights + offset,
+        atol=1e-4,
+    )
 
 
 def test_labels_that_are_no_classes_are_refused(distilled):
     with pytest.raises(ValueError, match="labels"):
         DistilledDataset(distilled.images, np.full(4, 2), 2, distilled.statement)
-
-
-def test_synthesis_approaches_the_given_model():
-    weights = np.random.default_rng(5).normal(size=(KERNEL.num_features, 2))
-    public = KERNEL.embed(Bars().sample(300, [9, 9])).numpy()
-    wanted = (public @ weights).argmax(axis=1)
-    settings = Synthesis(images_per_class=4, steps=60, queries=300)
-    images, labels = synthesize(weights, KERNEL, Bars(), settings=settings)
-    ridge = KernelRidgeClassifier(KERNEL).fit(images, labels)
-    scores = ridge.decision_function(Bars().sample(300, [9, 9]).numpy())
-    assert np.mean(scores.argmax(axis=1) == wanted) > 0.8
-
-
-def test_more_images_than_were_drawn_are_refused_with_the_number():
-    settings = Synthesis(images_per_class=300, queries=200)
-    weights = np.zeros((KERNEL.num_features, 2), np.float32)
-    with pytest.raises(ValueError, match="200"):
-        synthesize(weights, KERNEL, Bars(), settings=settings)
-
-
-def test_more_images_than_fit_into_memory_are_refused_with_the_number():
-    class Posters:
-        def sample(self, n, seed):
-            return tf.zeros([n, 400, 400, 3])
-
-    settings = Synthesis(images_per_class=2)
-    weights = np.zeros((KERNEL.num_features, 2), np.float32)
-    with pytest.raises(ValueError, match="`images_per_class`.*at most 1, "):
-        synthesize(weights, KERNEL, Posters(), settings=settings)
 
 
 @pytest.mark.parametrize(
@@ -170,10 +223,7 @@ def test_more_images_than_fit_into_memory_are_refused_with_the_number():
 )
 def test_records_that_do_not_fit_are_refused_by_name(images, labels, name):
     with pytest.raises(ValueError, match=f"`{name}`"):
-        distill(
-            images, labels, num_classes=2, kernel=KERNEL, source=Bars(),
-            target_epsilon=1.0, delta=1e-5, settings=SETTINGS,
-        )  # fmt: skip
+        distil(images, labels)
 
 
 def test_whitening_never_lengthens_and_evens_out_variances():
@@ -187,7 +237,7 @@ def test_whitening_never_lengthens_and_evens_out_variances():
     assert deviations[:10].max() / deviations[:10].min() < 2.0
 
 
-def test_plain_weights_classify_as_the_whitened_model():
+def test_plain_weights_and_offset_are_the_whitened_model():
     images, labels = Bars().draw(4000, seed=1)
     features = KERNEL.embed(images).numpy()
     public = KERNEL.embed(Bars().sample(200, [4, 4])).numpy()
@@ -195,5 +245,7 @@ def test_plain_weights_classify_as_the_whitened_model():
     model = PrivateLinearModel(2, SETTINGS.training, seed=1)
     whitened = whitening.apply(features)
     model.fit(whitened, labels, target_epsilon=9.0, delta=1e-5)
-    plain = (features @ whitening.plain_weights(model)).argmax(axis=1)
-    assert np.mean(plain == model.predict(whitened)) > 0.97
+    weights, offset = whitening.plain_weights(model)
+    scores = features @ weights + offset
+    lengths = np.linalg.norm(whitened - model.centre, axis=1, keepdims=True)
+    np.testing.assert_allclose(scores / lengths, model.logits(whitened), atol=1e-3)

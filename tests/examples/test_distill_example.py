@@ -1,16 +1,23 @@
 """examples/distill.py and examples/tabular.py: files, routes and refusals."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from absl import flags
 
 from dp_transcribe.data import ImageDataset
-from dp_transcribe.distillation import DistilledDataset
+from dp_transcribe.distillation import (
+    DistilledDataset,
+    InterceptKernel,
+    MirroredKernel,
+    ScatteringKernel,
+)
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 IMAGE_FILES = {
@@ -127,6 +134,44 @@ def test_the_linear_route_takes_the_settings_of_the_flags(run, monkeypatch):
     assert (plan.training.l2_norm, plan.damping_rank) == (0.5, 9)
     assert (plan.synthesis.images_per_class, plan.synthesis.steps) == (4, 5)
     assert len(asked["features"]) == 600
+
+
+@pytest.mark.parametrize(
+    ("name", "inner", "tag"),
+    [
+        ("mnist", ScatteringKernel((8, 8, 1)), ""),
+        ("cifar10", MirroredKernel(ScatteringKernel((8, 8, 1))), "-mirrored"),
+    ],
+)
+def test_one_kernel_distils_and_classifies(
+    run, monkeypatch, tmp_path, name, inner, tag
+):
+    used = {}
+
+    def embed(kernel, images):
+        used["embeds"] = kernel
+        return images.reshape(len(images), -1)
+
+    def distill(*_, kernel, **__):
+        used["distils"] = kernel
+        return mock.MagicMock(), None
+
+    def measure(_, dataset, kernel, watch):
+        used["classifies"] = kernel
+        raise ValueError("stop")
+
+    dataset = dataclasses.replace(DATASET, name=name)
+    monkeypatch.setattr(example, "load_dataset", lambda *_: dataset)
+    monkeypatch.setattr(example, "embed_in_batches", embed)
+    monkeypatch.setattr(example, "distill", distill)
+    monkeypatch.setattr(example, "measure", measure)
+    with pytest.raises(ValueError, match="stop"):
+        run(example, f"--cache_dir={tmp_path / 'cache'}")
+    assert used["embeds"] == inner
+    assert used["distils"] == InterceptKernel(inner)
+    assert used["classifies"] is used["distils"]
+    (kept,) = (tmp_path / "cache").iterdir()
+    assert kept.name == f"{name}-made-scattering{tag}.npy"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,12 @@ import tensorflow as tf
 
 import dp_transcribe as dpt
 from dp_transcribe import methods
-from dp_transcribe.distillation import Distillation, LinearTraining
+from dp_transcribe.distillation import (
+    Distillation,
+    LinearTraining,
+    MirroredKernel,
+    ScatteringKernel,
+)
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -205,6 +210,27 @@ def test_a_private_teacher_gives_a_guarantee_for_people(config, small_teacher):
     assert kept.statement.epsilon == statement["epsilon"]
     other = dataclasses.replace(asked, epsilon=2.0)
     assert example.private_teacher(other, data)[1] == "trained"
+
+
+def test_a_private_teacher_of_another_kernel_is_another_one(
+    config, small_teacher, monkeypatch
+):
+    data = example.load_dataset("mnist", config().data_dir)
+    fitted, places = [], []
+
+    def fit(*_, kernel, **__):
+        fitted.append(kernel)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dpt, "fit_scattering_teacher", fit)
+    monkeypatch.setattr(example, "cached_teacher", places.append)
+    plain = ScatteringKernel(data.image_shape)
+    for kernel in (plain, MirroredKernel(plain)):
+        monkeypatch.setattr(example, "kernel_for_domain", lambda *_, k=kernel: k)
+        with pytest.raises(KeyboardInterrupt):
+            example.private_teacher(config(unit="record", teacher=None), data)
+    assert fitted == [plain, MirroredKernel(plain)]
+    assert places[0] != places[1]
 
 
 def test_a_teacher_without_a_statement_gives_none(config, nothing_starts):
