@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 
 from dp_transcribe import _validate, mechanisms, methods
 from dp_transcribe.data import DATASETS, PRIOR_DOMAINS, ImageDataset, load_dataset
@@ -219,14 +220,38 @@ def membership_of(
     model: Teacher, dataset: ImageDataset, config: AuditConfig
 ) -> MembershipResult:
     """The strongest membership attack on one model."""
-    seen = min(config.train_images or len(dataset.train_images), config.images)
-    unseen = min(len(dataset.test_images), config.images)
+    trained = config.train_images or len(dataset.train_images)
+    seen = min(trained, config.images)
     answers = ask(
         model.predict,
         (dataset.train_images[:seen], dataset.train_labels[:seen]),
-        (dataset.test_images[:unseen], dataset.test_labels[:unseen]),
+        never_seen(dataset, trained, config.images),
     )
     return strongest_attack(answers)
+
+
+def never_seen(
+    dataset: ImageDataset, trained: int, most: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images that no model was trained on, and their labels, for membership attacks.
+
+    Training images where some are left, since they are drawn as the others were. Test
+    images may differ by themselves (half of MNIST's were written by other people), and
+    an attack takes that for membership.
+
+    Args:
+        dataset: the data set.
+        trained: how many of its first training images were used.
+        most: how many are wanted.
+
+    Returns:
+        The last training images beyond the first `trained`, or else test images; at
+        most `most`.
+    """
+    left = slice(max(trained, len(dataset.train_images) - most), None)
+    if len(dataset.train_images[left]):
+        return dataset.train_images[left], dataset.train_labels[left]
+    return dataset.test_images[:most], dataset.test_labels[:most]
 
 
 def invert_models(

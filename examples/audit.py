@@ -49,6 +49,8 @@ from dp_transcribe.queries import FreshQueries
 from dp_transcribe.reporting import write_json
 
 TINY = (8, 8, 1)
+# Images that no model was trained on, for the membership attacks.
+STRANGERS = 5000
 # Mechanisms as no method of its own has them.
 OTHERS = {
     "NormalizedGradient, fresh": NormalizedGradient(),
@@ -120,7 +122,7 @@ def membership(models: dict[str, dpt.Teacher], dataset: ImageDataset) -> dict[st
     """The strongest membership attack on each model."""
     count = FLAGS.train_images
     seen = dataset.train_images[:count], dataset.train_labels[:count]
-    unseen = dataset.test_images[:5000], dataset.test_labels[:5000]
+    unseen = cli.never_seen(dataset, (FLAGS.shadows + 1) * count, STRANGERS)
     found = {}
     for name, model in models.items():
         found[name] = strongest_attack(ask(model.predict, seen, unseen))

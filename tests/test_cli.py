@@ -220,3 +220,16 @@ def test_it_is_a_module_that_can_be_run(monkeypatch, capsys):
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     assert "--canaries" in shown and "--student" in shown
+
+
+@pytest.mark.parametrize(
+    ("trained", "first", "last"), [(30, 60, 80), (70, 70, 80), (80, None, None)]
+)
+def test_strangers_are_training_images_that_are_left(small, trained, first, last):
+    images, labels = cli.never_seen(small, trained, 20)
+    if first is None:
+        np.testing.assert_array_equal(images, small.test_images[:20])
+        np.testing.assert_array_equal(labels, small.test_labels[:20])
+    else:
+        np.testing.assert_array_equal(images, small.train_images[first:last])
+        np.testing.assert_array_equal(labels, small.train_labels[first:last])
