@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from dp_transcribe._validate import instance_of, invalid, positive_int
+from dp_transcribe._validate import instance_of, invalid, one_of, positive_int
 
 
 def lenet_student(
@@ -85,9 +85,10 @@ def conv_student(
     num_classes: int,
     *,
     filters: Sequence[int] = (32, 64, 128),
-    units: int = 128,
+    units: int | None = 128,
     groups: int | None = 8,
     activation: str = "relu",
+    pooling: str = "max",
 ) -> keras.Model:
     """A wider student: blocks of convolution, normalisation, activation, pooling.
 
@@ -95,23 +96,28 @@ def conv_student(
         input_shape: `(height, width, channels)`.
         num_classes: Number of logits.
         filters: Channels of each block; multiples of `groups`.
-        units: Width of the hidden dense layer.
-        groups: Groups of the group normalisation, or `None` for none at all.
+        units: Width of the hidden dense layer, or `None` for no such layer.
+        groups: Groups of the group normalisation, -1 for every channel by itself,
+            or `None` for none at all.
         activation: Of all hidden layers.
+        pooling: `"max"` or `"average"`, over 2 x 2 pixels.
 
     Returns:
         A model `[batch, h, w, c] -> logits [batch, num_classes]`.
     """
     layers = keras.layers
+    one_of("pooling", pooling, ("max", "average"))
+    pool = layers.MaxPooling2D if pooling == "max" else layers.AveragePooling2D
     model = keras.Sequential([layers.Input(tuple(input_shape))], name="student")
     for width in filters:
         model.add(layers.Conv2D(width, 3, padding="same", use_bias=groups is None))
         if groups is not None:
             model.add(layers.GroupNormalization(groups))
         model.add(layers.Activation(activation))
-        model.add(layers.MaxPooling2D())
+        model.add(pool(2))
     model.add(layers.Flatten())
-    model.add(layers.Dense(units, activation=activation))
+    if units is not None:
+        model.add(layers.Dense(units, activation=activation))
     model.add(layers.Dense(positive_int("num_classes", num_classes), name="logits"))
     return model
 

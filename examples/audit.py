@@ -26,6 +26,7 @@ from dp_transcribe.evaluation import (
     AuditResult,
     Inversion,
     ask,
+    audit_class_means,
     audit_dpkip,
     audit_ensemble_gradient,
     audit_linear_model,
@@ -170,6 +171,7 @@ def canary_audits() -> list[tuple[str, AuditResult]]:
         audits.append((name, audit_responses(mechanism, **terms)))
     few = {**terms, "canaries": min(FLAGS.canaries, 2000)}
     audits.append(("distillation, linear", audit_linear_model(**few)))
+    audits.append(("distillation, class means", audit_class_means(**few)))
     audits.append(("distillation, DP-KIP", audit_dpkip(**{**few, "canaries": 400})))
     audits.append(("private teacher", audit_private_teacher(**few)))
     audits.append(("votes", audit_votes(**terms)))

@@ -5,7 +5,8 @@
 
 writes report.json, statement.txt, distilled.npz, statement.json and images.png. The
 guarantee is for people: unit RECORD. Route `linear` makes images for kernel ridge
-regression, `dpkip` is the published method. With
+regression, `means` makes images for networks to learn from, `dpkip` is the published
+method. With
 --validate, the last training images take the place of the test images: settings are to
 be chosen that way.
 """
@@ -37,12 +38,14 @@ from dp_transcribe.distillation import (
     Kernel,
     KernelRidgeClassifier,
     KIPTraining,
+    MeanMatching,
     MirroredKernel,
     NTKKernel,
     RBFKernel,
     ScatteringKernel,
     Synthesis,
     distill,
+    distill_means,
     embed_in_batches,
     kernel_for_domain,
 )
@@ -51,10 +54,11 @@ from dp_transcribe.generators.priors import default_prior
 from dp_transcribe.students import conv_student
 
 _LOGGER = logging.getLogger(__name__)
-ROUTES = ("linear", "dpkip")
+ROUTES = ("linear", "means", "dpkip")
 KERNELS = ("scattering", "ntk", "rbf")
 HELD_OUT = 10_000
 CONVNET_BATCH = 50
+CONVNET_RATE = 3e-3
 NOTE = (
     "Nothing was chosen by these accuracies in this run. The statement covers the "
     "images, not this report."
@@ -170,6 +174,26 @@ def by_linear_model(
     )[0]
 
 
+def by_means(
+    dataset: ImageDataset, kernel: Kernel, cache_dir: str | None, watch: Stopwatch
+) -> DistilledDataset:
+    """By the class means in random ConvNets, which no other kernel has a part in."""
+    del kernel, cache_dir, watch
+    plan = MeanMatching(images_per_class=FLAGS.images_per_class)
+    if FLAGS.damping_rank is not None:
+        plan = dataclasses.replace(plan, damping_rank=FLAGS.damping_rank)
+    return distill_means(
+        dataset.train_images,
+        dataset.train_labels,
+        num_classes=dataset.num_classes,
+        source=public_source(dataset),
+        target_epsilon=FLAGS.epsilon,
+        delta=FLAGS.delta,
+        settings=asked_for(plan),
+        seed=FLAGS.seed,
+    )
+
+
 def by_dpkip(
     dataset: ImageDataset, kernel: Kernel, cache_dir: str | None, watch: Stopwatch
 ) -> DistilledDataset:
@@ -204,7 +228,14 @@ def convnet_accuracy(distilled: DistilledDataset, dataset: ImageDataset) -> floa
     """Accuracy of a small ConvNet that saw the distilled images alone."""
     keras.utils.set_random_seed(FLAGS.seed or 0)
     shape = distilled.images.shape[1:]
-    network = conv_student(shape, distilled.num_classes, filters=(32, 64), units=64)
+    network = conv_student(
+        shape,
+        distilled.num_classes,
+        filters=(64, 64, 64),
+        units=None,
+        groups=-1,
+        pooling="average",
+    )
     augment = [
         keras.layers.RandomTranslation(0.07, 0.07, fill_mode="constant"),
         keras.layers.RandomRotation(0.04, fill_mode="constant"),
@@ -214,8 +245,12 @@ def convnet_accuracy(distilled: DistilledDataset, dataset: ImageDataset) -> floa
         augment.append(keras.layers.RandomFlip("horizontal"))
     model = keras.Sequential([keras.layers.Input(shape), *augment, network])
     steps = FLAGS.convnet_epochs * -(-len(distilled) // CONVNET_BATCH)
+    # Without a warm-up some runs learn nothing at all.
+    rate = keras.optimizers.schedules.CosineDecay(
+        0.0, steps, warmup_target=CONVNET_RATE, warmup_steps=steps // 20
+    )
     model.compile(
-        keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(3e-3, steps)),
+        keras.optimizers.Adam(rate),
         keras.losses.CategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
@@ -252,7 +287,7 @@ def run() -> dict[str, Any]:
     return write_report(folder, distilled, accuracy, watch.seconds)
 
 
-BY_ROUTE = {"linear": by_linear_model, "dpkip": by_dpkip}
+BY_ROUTE = {"linear": by_linear_model, "means": by_means, "dpkip": by_dpkip}
 
 
 def measure(
@@ -321,9 +356,13 @@ def define_flags(values: flags.FlagValues) -> None:
     real("epsilon", 1.0, "Epsilon per record.")
     real("delta", 1e-5, "Delta.")
     switch("validate", False, "Measure on held-out training images.")
-    whole("steps", None, "Noisy steps, if not the route's own.")
-    real("learning_rate", None, "Of the noisy steps, if not the route's.")
-    real("l2_norm", None, "Bound of the gradient, if not the route's.")
+    whole(
+        "steps",
+        None,
+        "Noisy steps (means: steps on the images), if not the route's own.",
+    )
+    real("learning_rate", None, "Of these steps, if not the route's.")
+    real("l2_norm", None, "Bound of what a record adds, if not the route's.")
     whole("damping_rank", None, "Of the whitening, if not the route's.")
     one_of(
         "bounded", "pixels", ("pixels", "features"), "What DP-KIP bounds and noises."

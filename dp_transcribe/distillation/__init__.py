@@ -13,6 +13,11 @@ from dp_transcribe.distillation.kernels import (
 )
 from dp_transcribe.distillation.kip import DPKIP, KIPTraining
 from dp_transcribe.distillation.linear import LinearTraining, PrivateLinearModel
+from dp_transcribe.distillation.matching import (
+    MeanMatching,
+    RandomConvNets,
+    distill_means,
+)
 from dp_transcribe.distillation.ridge import KernelRidgeClassifier
 from dp_transcribe.distillation.scattering import Scattering
 from dp_transcribe.distillation.synthesis import Synthesis, synthesize
@@ -33,18 +38,21 @@ __all__ = [
     "Kernel",
     "KernelRidgeClassifier",
     "LinearTraining",
+    "MeanMatching",
     "MirroredKernel",
     "NTKKernel",
     "NumericColumn",
     "PrivateLinearModel",
     "PublicWhitening",
     "RBFKernel",
+    "RandomConvNets",
     "Scattering",
     "ScatteringKernel",
     "Synthesis",
     "TableEncoder",
     "balanced_labels",
     "distill",
+    "distill_means",
     "embed_in_batches",
     "kernel_for_domain",
     "synthesize",

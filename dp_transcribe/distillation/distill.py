@@ -7,7 +7,6 @@ import logging
 from collections.abc import Sequence
 
 import numpy as np
-import tensorflow as tf
 
 from dp_transcribe import _validate
 from dp_transcribe.distillation.dataset import DistilledDataset
@@ -27,6 +26,7 @@ from dp_transcribe.distillation.synthesis import (
     ImageSource,
     Synthesis,
     check_support,
+    draw_images,
     synthesize,
 )
 from dp_transcribe.distillation.whitening import PublicWhitening
@@ -219,14 +219,8 @@ def public_whitening(
     Returns:
         The map.
     """
-    batches = -(-settings.public_images // _PUBLIC_BATCH)
-    parts = [
-        kernel.embed(source.sample(_PUBLIC_BATCH, _public_seed(seed, part))).numpy()
-        for part in range(batches)
-    ]
-    public = np.concatenate(parts)[: settings.public_images]
+    images = draw_images(
+        source, settings.public_images, seed or 0, first_part=_WHITENING_PART
+    )
+    public = embed_in_batches(kernel, images, batch_size=_PUBLIC_BATCH)
     return PublicWhitening.from_public(public, damping_rank=settings.damping_rank)
-
-
-def _public_seed(seed: int | None, part: int) -> tf.Tensor:
-    return tf.constant([seed or 0, _WHITENING_PART + part], tf.int32)

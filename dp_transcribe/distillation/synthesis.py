@@ -110,9 +110,10 @@ def synthesize(
     settings = settings or Synthesis()
     labels = balanced_labels(settings.images_per_class, weights.shape[1])
     chunk = check_support(kernel, source, settings, num_classes=weights.shape[1])
-    images, features = _public_images(source, kernel, settings.queries, seed)
+    images = draw_images(source, settings.queries, seed)
+    features = embed_in_batches(kernel, images, batch_size=_BATCH)
     target = tf.constant(_centred(weights), tf.float32)
-    start = _surest(features @ target.numpy(), settings.images_per_class)
+    start = surest(features @ target.numpy(), settings.images_per_class)
     support = tf.Variable(images[start])
     targets = tf.constant(centred_one_hot(labels, weights.shape[1]))
     pull = _pull(kernel, targets, target, tf.constant(features), settings.penalty)
@@ -255,20 +256,38 @@ def _move(
             _LOGGER.info("step %d: dissimilarity %.4f", number, float(loss))
 
 
-def _public_images(
-    source: ImageSource, kernel: Kernel, count: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Public images and their embeddings."""
-    images, features = [], []
-    for part in range(-(-count // _BATCH)):
-        batch = source.sample(_BATCH, tf.constant([seed, part], tf.int32))
-        images.append(np.asarray(batch))
-        features.append(kernel.embed(batch).numpy())
-    return np.concatenate(images)[:count], np.concatenate(features)[:count]
+def draw_images(
+    source: ImageSource, count: int, seed: int, *, first_part: int = 0
+) -> np.ndarray:
+    """Draws public images in batches.
+
+    Args:
+        source: public images.
+        count: how many.
+        seed: the first half of the seed of every batch.
+        first_part: the second half of the first batch's; it counts up from there.
+
+    Returns:
+        float32 `[count, height, width, colours]`.
+    """
+    parts = range(first_part, first_part - (-count // _BATCH))
+    batches = [
+        np.asarray(source.sample(_BATCH, tf.constant([seed, part], tf.int32)))
+        for part in parts
+    ]
+    return np.concatenate(batches)[:count]
 
 
-def _surest(scores: np.ndarray, per_class: int) -> np.ndarray:
-    """Indices of the images with the largest margin for each class, `[n]`."""
+def surest(scores: np.ndarray, per_class: int) -> np.ndarray:
+    """Indices of the images with the largest margin for each class.
+
+    Args:
+        scores: float `[images, classes]`.
+        per_class: how many of each class.
+
+    Returns:
+        int `[classes * per_class]`, the classes in order.
+    """
     chosen = []
     for label in range(scores.shape[1]):
         others = np.delete(scores, label, axis=1).max(axis=1)

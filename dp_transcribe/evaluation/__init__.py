@@ -13,6 +13,7 @@ from dp_transcribe.evaluation.membership import (
     threshold_attack,
 )
 from dp_transcribe.evaluation.records import (
+    audit_class_means,
     audit_dpkip,
     audit_linear_model,
     audit_private_teacher,
@@ -26,6 +27,7 @@ __all__ = [
     "Inversion",
     "MembershipResult",
     "ask",
+    "audit_class_means",
     "audit_dpkip",
     "audit_ensemble_gradient",
     "audit_linear_model",

@@ -19,6 +19,11 @@ from dp_transcribe.distillation.distill import Distillation
 from dp_transcribe.distillation.kernels import RBFKernel
 from dp_transcribe.distillation.kip import DPKIP, KIPTraining
 from dp_transcribe.distillation.linear import LinearTraining, PrivateLinearModel
+from dp_transcribe.distillation.matching import (
+    MeanMatching,
+    PublicDirections,
+    release_class_means,
+)
 from dp_transcribe.evaluation.canaries import (
     AuditResult,
     audit_scores,
@@ -156,6 +161,60 @@ def _beside_centre(sums: np.ndarray, centre: np.ndarray) -> np.ndarray:
         return sums
     shared = np.einsum("f,sfc->sc", centre, sums) / length
     return sums - np.einsum("f,sc->sfc", centre, shared)
+
+
+def audit_class_means(
+    settings: MeanMatching | None = None,
+    *,
+    target_epsilon: float = 1.0,
+    delta: float = 1e-5,
+    canaries: int = 2000,
+    confidence: float = 0.95,
+    seed: int | None = None,
+) -> AuditResult:
+    """Audits the class means of `distill_means`.
+
+    Every record has a direction of its own. The auditor sees the means and counts.
+
+    Args:
+        settings: bound, share of the counts and accountant are read.
+        target_epsilon: per record.
+        delta: strictly between 0 and 1.
+        canaries: number of records, every one a canary.
+        confidence: of the bounds.
+        seed: for coins and noise; None for secret ones.
+
+    Returns:
+        The result; its claim is that of the released means' own statement.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    _validate.positive_int("canaries", canaries)
+    included = flip_coins(canaries, seed)
+    records = _BRIGHTNESS * np.eye(canaries, dtype=np.float32)
+    records[~included] = np.nan  # counts as zero
+    labels = np.arange(canaries, dtype=np.int32) % _CLASSES
+    centre, variances = np.zeros(canaries, np.float32), np.ones(canaries, np.float32)
+    basis = np.eye(canaries, dtype=np.float32)
+    released = release_class_means(
+        records,
+        labels,
+        PublicDirections(RBFKernel(), centre, variances, basis),
+        num_classes=_CLASSES,
+        target_epsilon=target_epsilon,
+        delta=delta,
+        settings=settings or MeanMatching(accountant="rdp"),
+        seed=seed,
+    )
+    sums = released.means * released.counts[:, None]
+    return audit_statement(
+        {"sums": sums[labels, np.arange(canaries)]},
+        included,
+        released.statement,
+        confidence=confidence,
+        seed=seed,
+    )
 
 
 def audit_private_teacher(

@@ -5,10 +5,11 @@ import pytest
 import tensorflow as tf
 
 from dp_transcribe import learning
-from dp_transcribe.distillation import LinearTraining, linear
+from dp_transcribe.distillation import LinearTraining, linear, matching
 from dp_transcribe.distillation.releases import RecordSums
 from dp_transcribe.ensembles import ShardPlan
 from dp_transcribe.evaluation import (
+    audit_class_means,
     audit_dpkip,
     audit_ensemble_gradient,
     audit_linear_model,
@@ -71,6 +72,12 @@ def without_clipping(monkeypatch):
             return _bounded(*arguments, l2_norm=1e9, **kwargs)
 
         monkeypatch.setattr(module, "clipped_gradient_sum", unbounded)
+    class_sums = matching.class_sums
+    monkeypatch.setattr(
+        matching,
+        "class_sums",
+        lambda *rows, l2_norm, **kwargs: class_sums(*rows, l2_norm=10.0, **kwargs),
+    )
     bounded_sum = ensemble_gradient._clipped_sum
     monkeypatch.setattr(
         ensemble_gradient, "_clipped_sum", lambda rows, bound: bounded_sum(rows, 1e9)
@@ -150,6 +157,22 @@ def test_noise_missing_from_the_mean_alone_is_flagged(monkeypatch):
 
     monkeypatch.setattr(linear.RecordSums, "add_noise", forgets_the_mean)
     assert audit_linear_model(WHOLE, target_epsilon=1.0, **LINEAR).flagged
+
+
+def test_class_means_are_not_flagged_and_their_bound_is_not_zero():
+    result = audit_class_means(target_epsilon=8.0, **LINEAR)
+    assert not result.flagged, result
+    assert result.unit is Unit.RECORD
+    assert 7.9 < result.claimed_epsilon <= 8.0
+    assert result.gaussian_lower_bound > 2.5
+
+
+@pytest.mark.parametrize("mutant", [without_noise, weak_noise, without_clipping])
+def test_a_bug_planted_in_the_class_means_is_flagged(mutant, monkeypatch):
+    mutant(monkeypatch)
+    result = audit_class_means(target_epsilon=2.0, **LINEAR)
+    assert result.claimed_epsilon <= 2.0
+    assert result.flagged, result
 
 
 @pytest.mark.parametrize("training", [TEACHER_WHOLE, TEACHER_SAMPLED])

@@ -1,6 +1,7 @@
 """examples/distill.py and examples/tabular.py: files, routes and refusals."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import sys
@@ -98,6 +99,25 @@ def test_a_convnet_learns_from_the_images(run):
     report = run(example, *DPKIP[:-1], "--images_per_class=2", "--convnet_epochs=1")
     assert 0.0 <= report["accuracy"]["convnet"] <= 1.0
     assert "convnet" in report["seconds"]
+
+
+def test_the_means_route_takes_the_settings_of_the_flags(run, monkeypatch):
+    small = {"networks": 2, "filters": 8, "candidates": 300}
+    small |= {"public_images": 150, "directions": 120}
+    plan = functools.partial(example.MeanMatching, **small)
+    monkeypatch.setattr(example, "MeanMatching", plan)
+    taken = mock.Mock(wraps=example.distill_means)
+    monkeypatch.setattr(example, "distill_means", taken)
+    report = run(
+        example,
+        *("--route=means", "--images_per_class=2", "--steps=2", "--l2_norm=0.5"),
+        *("--damping_rank=20", "--learning_rate=0.1", "--convnet_epochs=0"),
+    )
+    asked = {"images_per_class": 2, "steps": 2, "l2_norm": 0.5}
+    asked |= {"damping_rank": 20, "learning_rate": 0.1}
+    assert taken.call_args.kwargs["settings"] == plan(**asked)
+    assert report["statement"]["unit"] == "RECORD"
+    assert report["statement"]["details"]["l2_norm"] == 0.5
 
 
 def test_validation_reads_no_test_image(run, monkeypatch):

@@ -1,0 +1,483 @@
+"""Images that have the class means of the private images in random ConvNets.
+
+The means are released once; images are then moved until theirs are the same, at no
+cost. Networks learn from such images; for kernel ridge regression, `distill` is better.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Callable
+
+import dp_accounting
+import keras
+import numpy as np
+import tensorflow as tf
+
+from dp_transcribe import _validate
+from dp_transcribe._principal import principal_directions
+from dp_transcribe.distillation.dataset import DistilledDataset, balanced_labels
+from dp_transcribe.distillation.kernels import Kernel, embed_in_batches
+from dp_transcribe.distillation.linear import check_labels
+from dp_transcribe.distillation.releases import RELATION, RecordSums
+from dp_transcribe.distillation.synthesis import ImageSource, draw_images, surest
+from dp_transcribe.privacy.calibration import noise_multiplier_for
+from dp_transcribe.privacy.statement import PrivacyStatement
+from dp_transcribe.students import conv_student
+
+_LOGGER = logging.getLogger(__name__)
+_CHUNK = 500
+_LOG_EVERY = 50
+# What the seeds of public draws begin with, so that none repeats another's.
+_NETWORKS, _ORDER = 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanMatching:
+    """Settings of `distill_means`; public, chosen without the private data.
+
+    Attributes:
+        images_per_class: number of images of each class.
+        networks: number of random ConvNets.
+        filters: channels of each of their blocks.
+        public_images: number of public images that the directions are made from.
+        directions: number of directions in which means are released, the principal
+            ones of the public images.
+        l2_norm: bound of one record's features in these directions; those of one
+            image have norm one before the mean of the public images is taken off.
+        count_share: part of the squared bound that tells how large the classes are.
+        candidates: number of public images from which the first ones are chosen.
+        damping_rank: directions from this rank on hardly count for that choice.
+        steps: number of steps of Adam on the images.
+        learning_rate: of Adam, in units of the pixels.
+        pixel_range: lowest and highest value of a pixel.
+        accountant: `"pld"` or `"rdp"`.
+    """
+
+    images_per_class: int = 50
+    networks: int = 16
+    filters: int = 64
+    public_images: int = 3000
+    directions: int = 1500
+    l2_norm: float = 0.7
+    count_share: float = 0.01
+    candidates: int = 20_000
+    damping_rank: int = 100
+    steps: int = 400
+    learning_rate: float = 0.02
+    pixel_range: tuple[float, float] = (0.0, 1.0)
+    accountant: str = "pld"
+
+    def __post_init__(self) -> None:
+        """Checks the attributes."""
+        whole = ("images_per_class", "networks", "filters", "candidates", "steps")
+        for name in whole:
+            _validate.positive_int(name, getattr(self, name))
+        for name in ("l2_norm", "learning_rate"):
+            _validate.positive_finite(name, getattr(self, name))
+        _validate.fraction_open("count_share", self.count_share)
+        _validate.in_range("directions", self.directions, 2, self.public_images)
+        _validate.in_range("damping_rank", self.damping_rank, 1, self.directions - 1)
+        _validate.one_of("accountant", self.accountant, ("rdp", "pld"))
+        for name in ("images_per_class", "public_images"):
+            _validate.in_range(name, getattr(self, name), 1, self.candidates)
+
+
+class RandomConvNets(Kernel):
+    """Features of images in ConvNets with random weights, which nothing ever trains.
+
+    Args:
+        image_shape: `(height, width, colours)`, 8 x 8 pixels or more.
+        networks: number of networks.
+        filters: channels of each of their three blocks.
+        seed: of the weights, which are public.
+
+    **Privacy**: a public function of each image alone; every embedding has norm one.
+
+    References:
+        Zhao, Bilen: Dataset Condensation with Distribution Matching,
+        arXiv:2110.04181. Its networks are drawn anew for every step; here the
+        statistics of a few are released once.
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        *,
+        networks: int = 16,
+        filters: int = 64,
+        seed: int = 0,
+    ) -> None:
+        if min(image_shape[:2]) < 8:
+            expected = "images of 8 x 8 pixels or more"
+            raise _validate.invalid("image_shape", image_shape, expected)
+        self.networks = [
+            _random_network(image_shape, filters, (seed, _NETWORKS, number))
+            for number in range(networks)
+        ]
+        self._embed = tf.function(self._all_networks, reduce_retracing=True)
+
+    @property
+    def is_inner_product(self) -> bool:
+        """True."""
+        return True
+
+    def embed(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Features of all networks beside each other, float32 `[n, features]`."""
+        return self._embed(tf.cast(inputs, tf.float32))
+
+    def between(self, left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
+        """Inner products."""
+        return tf.matmul(left, right, transpose_b=True)
+
+    def by_network(self, number: int, images: tf.Tensor) -> tf.Tensor:
+        """The part of the embedding that is one network's."""
+        features = self.networks[number](images, training=False)
+        return tf.math.l2_normalize(features, axis=1) / math.sqrt(len(self.networks))
+
+    def _all_networks(self, images: tf.Tensor) -> tf.Tensor:
+        numbers = range(len(self.networks))
+        return tf.concat([self.by_network(n, images) for n in numbers], axis=1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ClassMeans:
+    """Noisy means of the classes' features, along public directions.
+
+    Attributes:
+        means: float32 `[classes, directions]`, relative to the public images' mean.
+        counts: float32 `[classes]`, noisy numbers of records.
+        statement: the guarantee of both and of all that is made of them.
+    """
+
+    means: np.ndarray
+    counts: np.ndarray
+    statement: PrivacyStatement
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PublicDirections:
+    """Where public images vary most in the features of a kernel.
+
+    Attributes:
+        kernel: embeds the images.
+        mean: float32 `[features]`, of the public images.
+        variances: float32 `[directions]`, from the largest on.
+        basis: float32 `[features, directions]`, orthonormal.
+    """
+
+    kernel: Kernel
+    mean: np.ndarray
+    variances: np.ndarray
+    basis: np.ndarray
+
+    @classmethod
+    def from_public(
+        cls, kernel: Kernel, images: np.ndarray, rank: int
+    ) -> PublicDirections:
+        """The principal directions of public images.
+
+        Args:
+            kernel: embeds the images.
+            images: public images, float `[n, height, width, colours]`.
+            rank: number of directions, at most n.
+        """
+        features = embed_in_batches(kernel, images, batch_size=_CHUNK)
+        parts = principal_directions(features, rank)
+        return cls(kernel, *(part.astype(np.float32) for part in parts))
+
+    def project(self, images: tf.Tensor) -> tf.Tensor:
+        """Coordinates of images, float32 `[n, directions]`."""
+        return (self.kernel.embed(images) - self.mean) @ self.basis
+
+
+def distill_means(
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    num_classes: int,
+    source: ImageSource,
+    target_epsilon: float,
+    delta: float,
+    settings: MeanMatching | None = None,
+    seed: int | None = None,
+) -> DistilledDataset:
+    """Distils private images by the means of their classes in random ConvNets.
+
+    The noisy means, released once, choose the public images to start from (by linear
+    discriminants) and are what these are then moved to have themselves.
+
+    Args:
+        images: private images, float `[records, height, width, colours]`.
+        labels: their labels, int `[records]`.
+        num_classes: number of classes.
+        source: public images.
+        target_epsilon: the epsilon per record that is not passed.
+        delta: strictly between 0 and 1.
+        settings: further settings.
+        seed: None for secret noise; an int makes runs repeatable, for tests.
+
+    Returns:
+        The distilled data set.
+
+    Raises:
+        ValueError: an argument is out of range. Nothing was spent.
+
+    **Privacy**: unit `RECORD`, zero-out; the statement is in the result.
+
+    References:
+        Zhao, Bilen: Dataset Condensation with Distribution Matching,
+        arXiv:2110.04181. Harder et al.: Pre-trained Perceptual Features Improve
+        Differentially Private Image Generation, arXiv:2205.12900, for means that are
+        released once.
+    """
+    settings = settings or MeanMatching()
+    labels = check_labels(labels, len(images), num_classes)
+    shape = tuple(np.shape(images)[1:])
+    if len(shape) != 3:
+        expected = "images of shape (records, height, width, colours)"
+        raise _validate.invalid("images", np.shape(images), expected)
+    public_seed = seed or 0
+    kernel = RandomConvNets(
+        shape,
+        networks=settings.networks,
+        filters=settings.filters,
+        seed=public_seed,
+    )
+    public = draw_images(source, settings.candidates, public_seed)
+    if public.shape[1:] != shape:
+        expected = f"public images of shape {shape}, as the private ones"
+        raise _validate.invalid("source", public.shape[1:], expected)
+    directions = PublicDirections.from_public(
+        kernel, public[: settings.public_images], settings.directions
+    )
+    released = release_class_means(
+        images,
+        labels,
+        directions,
+        num_classes=num_classes,
+        target_epsilon=target_epsilon,
+        delta=delta,
+        settings=settings,
+        seed=seed,
+    )
+    _LOGGER.info("The means are released; nothing private is read any more.")
+    scores = discriminants(
+        released, directions, public, damping_rank=settings.damping_rank
+    )
+    start = public[surest(scores, settings.images_per_class)]
+    support = _match(start, kernel, directions, released.means, settings, public_seed)
+    return DistilledDataset(
+        images=support,
+        labels=balanced_labels(settings.images_per_class, num_classes),
+        num_classes=num_classes,
+        statement=released.statement,
+    )
+
+
+def release_class_means(
+    images: np.ndarray,
+    labels: np.ndarray,
+    directions: PublicDirections,
+    *,
+    num_classes: int,
+    target_epsilon: float,
+    delta: float,
+    settings: MeanMatching,
+    seed: int | None = None,
+) -> ClassMeans:
+    """The one use of the private images: one Gaussian release of sums and counts.
+
+    Args:
+        images: private images, float `[records, height, width, colours]`.
+        labels: their labels, int32 `[records]`, checked.
+        directions: public.
+        num_classes: number of classes.
+        target_epsilon: the epsilon per record that is not passed.
+        delta: strictly between 0 and 1.
+        settings: bound, share of the counts and accountant are read.
+        seed: as in `distill_means`.
+
+    Returns:
+        What was released, and its statement.
+
+    **Privacy**: unit `RECORD`, zero-out. A record adds its clipped coordinates and
+    its part of the count to the row of its class, see `class_sums`: together of norm
+    `l2_norm` at most.
+    """
+    multiplier = noise_multiplier_for(
+        target_epsilon,
+        delta,
+        dp_accounting.GaussianDpEvent,
+        RELATION,
+        settings.accountant,
+    )
+    releases = RecordSums(
+        mechanism="ClassMeans",
+        l2_norm=settings.l2_norm,
+        noise_multiplier=multiplier,
+        seed=seed,
+    )
+    releases.begin()
+    total = tf.zeros([num_classes, len(directions.variances) + 1])
+    for start in range(0, len(images), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        batch = tf.constant(np.asarray(images[rows], np.float32))
+        total += class_sums(
+            directions.project(batch),
+            tf.constant(labels[rows]),
+            num_classes=num_classes,
+            l2_norm=settings.l2_norm,
+            count_share=settings.count_share,
+        )
+    noisy = releases.add_noise(total).numpy()
+    unit = settings.l2_norm * math.sqrt(settings.count_share)
+    # A class that is hardly there is taken for one of the size of the noise.
+    least = max(1.0, multiplier / math.sqrt(settings.count_share))
+    counts = np.maximum(noisy[:, -1] / unit, least)
+    scale = math.sqrt(1.0 - settings.count_share)
+    statement = releases.statement(
+        delta=delta,
+        accountant=settings.accountant,
+        covered=("class means", "distilled data set"),
+    )
+    return ClassMeans(noisy[:, :-1] / (scale * counts[:, None]), counts, statement)
+
+
+@tf.function(reduce_retracing=True)
+def class_sums(
+    coordinates: tf.Tensor,
+    labels: tf.Tensor,
+    *,
+    num_classes: int,
+    l2_norm: float,
+    count_share: float,
+) -> tf.Tensor:
+    """Sums of clipped coordinates by class, and beside them the counts.
+
+    Args:
+        coordinates: float32 `[n, directions]`.
+        labels: int32 `[n]`.
+        num_classes: number of classes.
+        l2_norm: bound C of what one record adds.
+        count_share: m.
+
+    Returns:
+        float32 `[classes, directions + 1]`: each record adds its coordinates, clipped
+        to C, times the root of 1 - m, and C times the root of m.
+
+    **Privacy**: moves by at most C if one record is left out. A record with a NaN or
+    infinite coordinate adds nothing.
+    """
+    usable = tf.reduce_all(tf.math.is_finite(coordinates), axis=1, keepdims=True)
+    clipped = tf.clip_by_norm(tf.where(usable, coordinates, 0.0), l2_norm, axes=[1])
+    counted = tf.cast(usable, tf.float32) * l2_norm
+    parts = [math.sqrt(1.0 - count_share) * clipped, math.sqrt(count_share) * counted]
+    return tf.math.unsorted_segment_sum(tf.concat(parts, axis=1), labels, num_classes)
+
+
+def discriminants(
+    released: ClassMeans,
+    directions: PublicDirections,
+    images: np.ndarray,
+    *,
+    damping_rank: int,
+) -> np.ndarray:
+    """Scores of public images by linear discriminants of the noisy means.
+
+    The classes' covariance is taken to be that of the public images, to which the
+    variance of rank `damping_rank` is added.
+
+    Returns:
+        float32 `[n, classes]`.
+
+    **Privacy**: post-processing of the means.
+    """
+    variances = directions.variances + directions.variances[damping_rank]
+    offsets = released.means - released.means.mean(axis=0)
+    weights = offsets / variances
+    bias = (weights * (offsets / 2.0 + released.means.mean(axis=0))).sum(axis=1)
+    scores = [
+        directions.project(tf.constant(images[start : start + _CHUNK])).numpy()
+        @ weights.T
+        for start in range(0, len(images), _CHUNK)
+    ]
+    return np.concatenate(scores) - bias
+
+
+def _match(
+    start: np.ndarray,
+    kernel: RandomConvNets,
+    directions: PublicDirections,
+    means: np.ndarray,
+    settings: MeanMatching,
+    seed: int,
+) -> np.ndarray:
+    """Moves images, in the order of their classes, until their means are the given.
+
+    Outside of the directions the means stay those of the first images.
+
+    Returns:
+        float32, of the shape of `start`.
+    """
+    classes = len(means)
+    embedded = embed_in_batches(kernel, start, batch_size=_CHUNK)
+    first = embedded.reshape(classes, -1, embedded.shape[1]).mean(axis=1)
+    found = (first - directions.mean) @ directions.basis
+    targets = first + (means - found) @ directions.basis.T
+    parts = np.split(targets.astype(np.float32), len(kernel.networks), axis=1)
+    images = tf.Variable(start)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        settings.learning_rate, settings.steps, alpha=0.1
+    )
+    optimizer = keras.optimizers.Adam(schedule)
+    optimizer.build([images])
+    gradients = [
+        _distance_gradient(functools.partial(kernel.by_network, number))
+        for number in range(len(parts))
+    ]
+    order = np.random.default_rng((seed, _ORDER))
+    for number in range(1, settings.steps + 1):
+        chosen = int(order.integers(len(parts)))
+        distance, gradient = gradients[chosen](images.value(), parts[chosen])
+        optimizer.apply_gradients([(gradient, images)])
+        images.assign(tf.clip_by_value(images, *settings.pixel_range))
+        if number % _LOG_EVERY == 0:
+            _LOGGER.info("step %d: squared distance %.5f", number, float(distance))
+    return images.numpy()
+
+
+def _distance_gradient(
+    embed: Callable[[tf.Tensor], tf.Tensor],
+) -> Callable[[tf.Tensor, np.ndarray], tuple[tf.Tensor, tf.Tensor]]:
+    """Squared distance of the classes' means in one network, and its gradient."""
+
+    @tf.function
+    def gradient(images: tf.Tensor, means: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        classes, features = means.shape
+        with tf.GradientTape() as tape:
+            tape.watch(images)
+            embedded = tf.reshape(embed(images), [classes, -1, features])
+            distance = tf.reduce_sum((tf.reduce_mean(embedded, axis=1) - means) ** 2)
+        return distance, tape.gradient(distance, images)
+
+    return lambda images, means: gradient(images, tf.constant(means))
+
+
+def _random_network(
+    image_shape: tuple[int, int, int], filters: int, seed: tuple[int, ...]
+) -> keras.Model:
+    """Three blocks of convolution, instance normalisation, ReLU and mean pooling."""
+    model = conv_student(
+        image_shape, 2, filters=(filters,) * 3, units=None, groups=-1, pooling="average"
+    )
+    random = np.random.default_rng(seed)
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.Conv2D):
+            rows, columns, inputs, outputs = layer.kernel.shape
+            limit = math.sqrt(6.0 / (rows * columns * (inputs + outputs)))
+            layer.kernel.assign(random.uniform(-limit, limit, layer.kernel.shape))
+    return keras.Model(model.inputs[0], model.layers[-2].output, trainable=False)

@@ -1,0 +1,249 @@
+"""Images by the class means of random ConvNets: bound, release, matching, refusals."""
+
+import dataclasses
+import math
+
+import dp_accounting
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dp_transcribe.distillation import (
+    KernelRidgeClassifier,
+    MeanMatching,
+    RandomConvNets,
+    ScatteringKernel,
+    distill_means,
+    embed_in_batches,
+)
+from dp_transcribe.distillation.matching import (
+    PublicDirections,
+    class_sums,
+    discriminants,
+    release_class_means,
+)
+from dp_transcribe.privacy import Unit
+
+SETTINGS = MeanMatching(
+    images_per_class=8,
+    networks=4,
+    filters=16,
+    public_images=100,
+    directions=40,
+    candidates=300,
+    damping_rank=10,
+    steps=60,
+    accountant="rdp",
+)
+SUMS = {"num_classes": 3, "l2_norm": 0.7, "count_share": 0.1}
+
+
+SHAPE = (16, 16, 1)
+
+
+class Bars:
+    """Horizontal (class 0) or vertical (class 1) bars, or either; as wide as asked."""
+
+    def __init__(self, pace=2.0):
+        self.pace = pace
+
+    def draw(self, n, seed):
+        rng = np.random.default_rng(seed)
+        labels = rng.integers(0, 2, n)
+        wave = 0.5 + 0.5 * np.sin(np.arange(16) * self.pace + rng.uniform(0, 6, (n, 1)))
+        images = np.repeat(wave[:, :, None], 16, axis=2)
+        images[labels == 1] = images[labels == 1].transpose(0, 2, 1)
+        images += 0.1 * rng.normal(size=images.shape)
+        return images[..., None].astype(np.float32), labels
+
+    def sample(self, n, seed):
+        return tf.constant(self.draw(n, np.asarray(seed))[0])
+
+
+def distil(images, labels, **kwargs):
+    arguments = {"source": Bars(), "settings": SETTINGS, "seed": 3, **kwargs}
+    return distill_means(
+        images, labels, num_classes=2, target_epsilon=1.0, delta=1e-5, **arguments
+    )
+
+
+@pytest.fixture(scope="module")
+def records():
+    images, labels = Bars().draw(4000, seed=1)
+    images[7, 3, 3] = np.nan
+    return images, labels
+
+
+@pytest.fixture(scope="module")
+def distilled(records):
+    return distil(*records)
+
+
+@pytest.fixture(scope="module")
+def directions():
+    kernel = RandomConvNets(SHAPE, networks=2, filters=16)
+    return PublicDirections.from_public(kernel, Bars().draw(100, seed=5)[0], 40)
+
+
+@pytest.mark.parametrize("size", [0.01, 0.7, 1e4, np.inf, np.nan])
+def test_leaving_one_record_out_moves_the_sums_by_at_most_the_bound(size):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(20, 6)).astype(np.float32)
+    rows[4] *= size / np.linalg.norm(rows[4])
+    labels = rng.integers(0, 3, 20).astype(np.int32)
+    without = np.arange(20) != 4
+    change = class_sums(rows, labels, **SUMS) - class_sums(
+        rows[without], labels[without], **SUMS
+    )
+    moved = np.linalg.norm(change)
+    assert moved <= 0.7 * (1 + 1e-5)
+    if not np.isfinite(size):
+        assert moved == 0.0
+    elif size >= 0.7:
+        # The bound is used up: the count takes its share and the coordinates theirs.
+        np.testing.assert_allclose(moved, 0.7, rtol=1e-5)
+
+
+def test_sums_are_those_of_the_classes():
+    rows = np.array([[0.1, 0.2], [0.3, -0.1], [0.2, 0.2]], np.float32)
+    sums = class_sums(rows, np.array([2, 0, 2], np.int32), **SUMS)
+    coordinates = np.array([[0.3, -0.1], [0.0, 0.0], [0.3, 0.4]]) * math.sqrt(0.9)
+    counts = np.array([1, 0, 2]) * 0.7 * math.sqrt(0.1)
+    np.testing.assert_allclose(sums, np.c_[coordinates, counts], rtol=1e-5, atol=1e-7)
+
+
+def test_one_gaussian_release_is_calibrated_and_stated(distilled):
+    statement = distilled.statement
+    assert statement.unit is Unit.RECORD
+    event = dp_accounting.GaussianDpEvent(statement.details["noise_multiplier"])
+    accountant = dp_accounting.rdp.RdpAccountant(
+        neighboring_relation=dp_accounting.NeighboringRelation.REPLACE_SPECIAL
+    )
+    spent = accountant.compose(event).get_epsilon(1e-5)
+    np.testing.assert_allclose(statement.epsilon, spent, rtol=1e-6)
+    assert 0.99 < statement.epsilon <= 1.0
+
+
+def test_means_and_counts_are_near_the_true_ones(records, directions):
+    images, labels = records
+    released = release(images, labels, directions, target_epsilon=1e3)
+    usable = np.isfinite(images).all(axis=(1, 2, 3))
+    truth = [
+        directions.project(images[usable & (labels == label)]).numpy().mean(axis=0)
+        for label in (0, 1)
+    ]
+    np.testing.assert_allclose(released.means, truth, atol=0.01)
+    np.testing.assert_allclose(
+        released.counts, np.bincount(labels[usable]), atol=2, rtol=0
+    )
+
+
+def release(images, labels, directions, *, target_epsilon=1.0, seed=3, classes=2):
+    return release_class_means(
+        images,
+        labels.astype(np.int32),
+        directions,
+        num_classes=classes,
+        target_epsilon=target_epsilon,
+        delta=1e-5,
+        settings=SETTINGS,
+        seed=seed,
+    )
+
+
+def test_noise_has_the_stated_deviation(records, directions):
+    images, labels = records
+    loud = release(images[:600], labels[:600], directions)
+    quiet = release(images[:600], labels[:600], directions, target_epsilon=1e4)
+    sigma = loud.statement.details["noise_multiplier"] * SETTINGS.l2_norm
+    scale = math.sqrt(1.0 - SETTINGS.count_share)
+    sums = [r.means * r.counts[:, None] * scale for r in (loud, quiet)]
+    found = np.std(sums[0] - sums[1]) / sigma
+    # 80 entries: 8 % standard error; two thirds and one and a half are 4 errors off.
+    assert 0.75 < found < 1.25
+
+
+def test_a_class_without_records_gives_finite_means(records, directions):
+    released = release(*records, directions, classes=3)
+    assert np.isfinite(released.means).all() and released.counts.min() >= 1.0
+
+
+def test_discriminants_tell_public_images_apart(records, directions):
+    images, labels = Bars().draw(500, seed=9)
+    released = release(*records, directions)
+    scores = discriminants(released, directions, images, damping_rank=10)
+    assert np.mean(scores.argmax(axis=1) == labels) > 0.95
+
+
+def test_a_classifier_of_the_images_classifies_real_ones(distilled):
+    images, labels = Bars().draw(300, seed=2)
+    kernel = ScatteringKernel(SHAPE, groups=1, scale=1, orientations=4)
+    ridge = KernelRidgeClassifier(kernel).fit(distilled.images, distilled.labels)
+    assert ridge.score(images, labels) > 0.95
+    np.testing.assert_array_equal(distilled.labels, np.repeat([0, 1], 8))
+    assert distilled.images.min() >= 0.0 and distilled.images.max() <= 1.0
+
+
+def test_the_means_approach_the_private_ones_in_networks_never_used():
+    images, labels = Bars(pace=1.0).draw(4000, seed=1)
+    kernel = RandomConvNets(SHAPE, networks=2, filters=16, seed=77)
+    private = class_means(kernel, images, labels)
+    distances = []
+    for steps in (1, 200):
+        settings = dataclasses.replace(SETTINGS, steps=steps)
+        made = distil(images, labels, settings=settings)
+        means = class_means(kernel, made.images, made.labels)
+        distances.append(np.linalg.norm(means - private))
+    assert distances[1] < 0.85 * distances[0]
+
+
+def class_means(kernel, images, labels):
+    embedded = embed_in_batches(kernel, images)
+    return np.stack([embedded[labels == label].mean(axis=0) for label in (0, 1)])
+
+
+def test_a_seed_repeats_a_run_and_no_seed_does_not(records, distilled):
+    np.testing.assert_array_equal(distil(*records).images, distilled.images)
+    secret = [distil(*records, seed=None) for _ in range(2)]
+    assert secret[0].statement.details == secret[1].statement.details
+    assert not np.array_equal(secret[0].images, secret[1].images)
+
+
+def test_embeddings_have_norm_one_and_one_part_per_network(directions):
+    images = Bars().draw(5, seed=0)[0]
+    whole = directions.kernel.embed(images)
+    np.testing.assert_allclose(np.linalg.norm(whole, axis=1), 1.0, rtol=1e-5)
+    parts = [directions.kernel.by_network(number, images) for number in range(2)]
+    np.testing.assert_allclose(whole, np.concatenate(parts, axis=1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"l2_norm": 0.0}, "l2_norm"),
+        ({"count_share": 1.0}, "count_share"),
+        ({"directions": 101}, "directions"),
+        ({"damping_rank": 40}, "damping_rank"),
+        ({"images_per_class": 301}, "images_per_class"),
+        ({"public_images": 301}, "public_images"),
+        ({"accountant": "guess"}, "accountant"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(changed, name):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        dataclasses.replace(SETTINGS, **changed)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "name"),
+    [
+        (np.zeros((4, *SHAPE)), np.array([0, 1, 2, 0]), "labels"),
+        (np.zeros((4, 16, 16)), np.array([0, 1, 1, 0]), "images"),
+        (np.zeros((4, 4, 4, 1)), np.array([0, 1, 1, 0]), "image_shape"),
+        (np.zeros((4, 9, 9, 1)), np.array([0, 1, 1, 0]), "source"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(images, labels, name):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        distil(images, labels)
