@@ -23,7 +23,7 @@ from dp_transcribe.distillation.dataset import DistilledDataset, balanced_labels
 from dp_transcribe.distillation.kernels import Kernel, embed_in_batches
 from dp_transcribe.distillation.linear import check_labels
 from dp_transcribe.distillation.releases import RELATION, RecordSums
-from dp_transcribe.distillation.synthesis import ImageSource, draw_images, surest
+from dp_transcribe.distillation.synthesis import ImageSource, draw_images
 from dp_transcribe.privacy.calibration import noise_multiplier_for
 from dp_transcribe.privacy.statement import PrivacyStatement
 from dp_transcribe.students import conv_student
@@ -50,7 +50,9 @@ class MeanMatching:
             image have norm one before the mean of the public images is taken off.
         count_share: part of the squared bound that tells how large the classes are.
         candidates: number of public images from which the first ones are chosen.
-        damping_rank: directions from this rank on hardly count for that choice.
+        damping_rank: directions from this rank on hardly count for telling classes
+            apart in that choice.
+        herded: number of public images of each class, the surest, that it is made of.
         steps: number of steps of Adam on the images.
         learning_rate: of Adam, in units of the pixels.
         pixel_range: lowest and highest value of a pixel.
@@ -58,23 +60,24 @@ class MeanMatching:
     """
 
     images_per_class: int = 50
-    networks: int = 16
+    networks: int = 10
     filters: int = 64
     public_images: int = 3000
     directions: int = 1500
-    l2_norm: float = 0.7
+    l2_norm: float = 0.6
     count_share: float = 0.01
     candidates: int = 20_000
     damping_rank: int = 100
-    steps: int = 400
+    herded: int = 2000
+    steps: int = 300
     learning_rate: float = 0.02
     pixel_range: tuple[float, float] = (0.0, 1.0)
     accountant: str = "pld"
 
     def __post_init__(self) -> None:
         """Checks the attributes."""
-        whole = ("images_per_class", "networks", "filters", "candidates", "steps")
-        for name in whole:
+        sizes = ("images_per_class", "networks", "filters", "candidates", "herded")
+        for name in (*sizes, "steps"):
             _validate.positive_int(name, getattr(self, name))
         for name in ("l2_norm", "learning_rate"):
             _validate.positive_finite(name, getattr(self, name))
@@ -107,7 +110,7 @@ class RandomConvNets(Kernel):
         self,
         image_shape: tuple[int, int, int],
         *,
-        networks: int = 16,
+        networks: int = 10,
         filters: int = 64,
         seed: int = 0,
     ) -> None:
@@ -148,7 +151,8 @@ class ClassMeans:
     """Noisy means of the classes' features, along public directions.
 
     Attributes:
-        means: float32 `[classes, directions]`, relative to the public images' mean.
+        means: float32 `[classes, directions]`, relative to the public images' mean and
+            shrunk where noise outweighs how much public images vary.
         counts: float32 `[classes]`, noisy numbers of records.
         statement: the guarantee of both and of all that is made of them.
     """
@@ -207,8 +211,8 @@ def distill_means(
 ) -> DistilledDataset:
     """Distils private images by the means of their classes in random ConvNets.
 
-    The noisy means, released once, choose the public images to start from (by linear
-    discriminants) and are what these are then moved to have themselves.
+    The noisy means, released once, choose the public images to start from and are what
+    these are then moved to have themselves.
 
     Args:
         images: private images, float `[records, height, width, colours]`.
@@ -265,10 +269,13 @@ def distill_means(
         seed=seed,
     )
     _LOGGER.info("The means are released; nothing private is read any more.")
-    scores = discriminants(
-        released, directions, public, damping_rank=settings.damping_rank
+    coordinates = np.concatenate(
+        [
+            directions.project(tf.constant(public[first : first + _CHUNK])).numpy()
+            for first in range(0, len(public), _CHUNK)
+        ]
     )
-    start = public[surest(scores, settings.images_per_class)]
+    start = public[first_images(released, directions, coordinates, settings)]
     support = _match(start, kernel, directions, released.means, settings, public_seed)
     return DistilledDataset(
         images=support,
@@ -337,14 +344,18 @@ def release_class_means(
     unit = settings.l2_norm * math.sqrt(settings.count_share)
     # A class that is hardly there is taken for one of the size of the noise.
     least = max(1.0, multiplier / math.sqrt(settings.count_share))
-    counts = np.maximum(noisy[:, -1] / unit, least)
     scale = math.sqrt(1.0 - settings.count_share)
+    counts = np.maximum(noisy[:, -1] / unit, least)
+    deviations = multiplier * settings.l2_norm / (scale * counts[:, None])
+    means = noisy[:, :-1] / (scale * counts[:, None])
+    # What a class's mean is expected to be, if directions vary as in public images.
+    means *= directions.variances / (directions.variances + deviations**2)
     statement = releases.statement(
         delta=delta,
         accountant=settings.accountant,
         covered=("class means", "distilled data set"),
     )
-    return ClassMeans(noisy[:, :-1] / (scale * counts[:, None]), counts, statement)
+    return ClassMeans(means, counts, statement)
 
 
 @tf.function(reduce_retracing=True)
@@ -379,33 +390,89 @@ def class_sums(
     return tf.math.unsorted_segment_sum(tf.concat(parts, axis=1), labels, num_classes)
 
 
-def discriminants(
+def first_images(
     released: ClassMeans,
     directions: PublicDirections,
-    images: np.ndarray,
-    *,
-    damping_rank: int,
+    coordinates: np.ndarray,
+    settings: MeanMatching,
 ) -> np.ndarray:
-    """Scores of public images by linear discriminants of the noisy means.
+    """Chooses public images whose means are near to the given ones.
 
-    The classes' covariance is taken to be that of the public images, to which the
-    variance of rank `damping_rank` is added.
+    Linear discriminants say which images are surest of a class; of these, kernel
+    herding takes one after the other.
+
+    Args:
+        released: the noisy means.
+        directions: those of the means.
+        coordinates: of the public images, float32 `[n, directions]`.
+        settings: numbers of images, and the discriminants' damping.
 
     Returns:
-        float32 `[n, classes]`.
+        int `[classes * images_per_class]`, the classes in order, no image twice in one.
 
     **Privacy**: post-processing of the means.
+
+    References:
+        Chen, Welling, Smola: Super-Samples from Kernel Herding, arXiv:1203.3472.
     """
-    variances = directions.variances + directions.variances[damping_rank]
-    offsets = released.means - released.means.mean(axis=0)
-    weights = offsets / variances
-    bias = (weights * (offsets / 2.0 + released.means.mean(axis=0))).sum(axis=1)
-    scores = [
-        directions.project(tf.constant(images[start : start + _CHUNK])).numpy()
-        @ weights.T
-        for start in range(0, len(images), _CHUNK)
-    ]
-    return np.concatenate(scores) - bias
+    weights, offsets = discriminants(
+        released.means, directions.variances, settings.damping_rank
+    )
+    scores = coordinates @ weights - offsets
+    among = max(settings.herded, settings.images_per_class)
+    chosen = []
+    for label, mean in enumerate(released.means):
+        others = np.delete(scores, label, axis=1).max(axis=1)
+        candidates = np.argsort(others - scores[:, label])[:among]
+        # Of a class that few public images belong to, others are taken when all are.
+        own = (scores[candidates, label] > others[candidates]).sum()
+        candidates = candidates[: max(own, settings.images_per_class)]
+        picked = herd(coordinates[candidates], mean, settings.images_per_class)
+        chosen.append(candidates[picked])
+    return np.concatenate(chosen)
+
+
+def discriminants(
+    means: np.ndarray, variances: np.ndarray, damping_rank: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Linear discriminants of classes that vary alike.
+
+    Args:
+        means: float `[classes, directions]`.
+        variances: float `[directions]`, to all of which that of rank `damping_rank` is
+            added.
+        damping_rank: see above.
+
+    Returns:
+        Weights `[directions, classes]` and what is taken off the scores, `[classes]`.
+    """
+    centre = means.mean(axis=0)
+    weights = (means - centre) / (variances + variances[damping_rank])
+    return weights.T, (weights * (means + centre) / 2.0).sum(axis=1)
+
+
+def herd(rows: np.ndarray, mean: np.ndarray, count: int) -> np.ndarray:
+    """Takes rows one after the other, so that their mean is nearest to a given one.
+
+    Args:
+        rows: float `[n, features]`.
+        mean: float `[features]`.
+        count: how many, at most n; no row is taken twice.
+
+    Returns:
+        int `[count]`.
+    """
+    squares, towards = np.sum(rows**2, axis=1), rows @ mean
+    total, free = np.zeros(rows.shape[1], rows.dtype), np.ones(len(rows), bool)
+    chosen = []
+    for number in range(1, count + 1):
+        # The squared distance of the new mean, up to what all rows share.
+        cost = (2.0 * rows @ total + squares) / number**2 - 2.0 * towards / number
+        best = int(np.argmin(np.where(free, cost, np.inf)))
+        free[best] = False
+        total += rows[best]
+        chosen.append(best)
+    return np.array(chosen)
 
 
 def _match(

@@ -113,7 +113,7 @@ def synthesize(
     images = draw_images(source, settings.queries, seed)
     features = embed_in_batches(kernel, images, batch_size=_BATCH)
     target = tf.constant(_centred(weights), tf.float32)
-    start = surest(features @ target.numpy(), settings.images_per_class)
+    start = _surest(features @ target.numpy(), settings.images_per_class)
     support = tf.Variable(images[start])
     targets = tf.constant(centred_one_hot(labels, weights.shape[1]))
     pull = _pull(kernel, targets, target, tf.constant(features), settings.penalty)
@@ -278,16 +278,8 @@ def draw_images(
     return np.concatenate(batches)[:count]
 
 
-def surest(scores: np.ndarray, per_class: int) -> np.ndarray:
-    """Indices of the images with the largest margin for each class.
-
-    Args:
-        scores: float `[images, classes]`.
-        per_class: how many of each class.
-
-    Returns:
-        int `[classes * per_class]`, the classes in order.
-    """
+def _surest(scores: np.ndarray, per_class: int) -> np.ndarray:
+    """Indices of the images with the largest margin for each class, `[n]`."""
     chosen = []
     for label in range(scores.shape[1]):
         others = np.delete(scores, label, axis=1).max(axis=1)
