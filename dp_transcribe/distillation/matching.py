@@ -197,6 +197,14 @@ class PublicDirections:
         """Coordinates of images, float32 `[n, directions]`."""
         return (self.kernel.embed(images) - self.mean) @ self.basis
 
+    def project_in_batches(self, images: np.ndarray) -> np.ndarray:
+        """As `project`, for many images."""
+        batches = [
+            self.project(tf.constant(images[start : start + _CHUNK])).numpy()
+            for start in range(0, len(images), _CHUNK)
+        ]
+        return np.concatenate(batches)
+
 
 def distill_means(
     images: np.ndarray,
@@ -269,13 +277,7 @@ def distill_means(
         seed=seed,
     )
     _LOGGER.info("The means are released; nothing private is read any more.")
-    coordinates = np.concatenate(
-        [
-            directions.project(tf.constant(public[first : first + _CHUNK])).numpy()
-            for first in range(0, len(public), _CHUNK)
-        ]
-    )
-    start = public[first_images(released, directions, coordinates, settings)]
+    start = public[first_images(released, directions, public, settings)]
     support = _match(start, kernel, directions, released.means, settings, public_seed)
     return DistilledDataset(
         images=support,
@@ -393,7 +395,7 @@ def class_sums(
 def first_images(
     released: ClassMeans,
     directions: PublicDirections,
-    coordinates: np.ndarray,
+    images: np.ndarray,
     settings: MeanMatching,
 ) -> np.ndarray:
     """Chooses public images whose means are near to the given ones.
@@ -404,7 +406,7 @@ def first_images(
     Args:
         released: the noisy means.
         directions: those of the means.
-        coordinates: of the public images, float32 `[n, directions]`.
+        images: public images, float32 `[n, height, width, colours]`.
         settings: numbers of images, and the discriminants' damping.
 
     Returns:
@@ -415,6 +417,7 @@ def first_images(
     References:
         Chen, Welling, Smola: Super-Samples from Kernel Herding, arXiv:1203.3472.
     """
+    coordinates = directions.project_in_batches(images)
     weights, offsets = discriminants(
         released.means, directions.variances, settings.damping_rank
     )

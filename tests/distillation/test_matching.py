@@ -209,10 +209,8 @@ def test_first_images_are_of_their_class_and_enough_even_if_few_are(
 ):
     images, labels = Bars().draw(300, seed=9)
     few = np.r_[np.flatnonzero(labels == 0), np.flatnonzero(labels == 1)[:2]]
-    coordinates = directions.project(images[few]).numpy()
-    chosen = first_images(
-        release(*records, directions), directions, coordinates, SETTINGS
-    )
+    released = release(*records, directions)
+    chosen = first_images(released, directions, images[few], SETTINGS)
     assert (labels[few][chosen[:8]] == 0).all()
     assert len(set(chosen[8:])) == 8 and (labels[few][chosen[8:]] == 1).sum() == 2
 
