@@ -498,7 +498,7 @@ def _match(
     first = embedded.reshape(classes, -1, embedded.shape[1]).mean(axis=1)
     found = (first - directions.mean) @ directions.basis
     targets = first + (means - found) @ directions.basis.T
-    parts = np.split(targets.astype(np.float32), len(kernel.networks), axis=1)
+    parts = tf.split(tf.cast(targets, tf.float32), len(kernel.networks), axis=1)
     images = tf.Variable(start)
     schedule = keras.optimizers.schedules.CosineDecay(
         settings.learning_rate, settings.steps, alpha=0.1
@@ -506,8 +506,8 @@ def _match(
     optimizer = keras.optimizers.Adam(schedule)
     optimizer.build([images])
     gradients = [
-        _distance_gradient(functools.partial(kernel.by_network, number))
-        for number in range(len(parts))
+        _distance_gradient(functools.partial(kernel.by_network, number), images, part)
+        for number, part in enumerate(parts)
     ]
     order = np.random.default_rng((seed, _ORDER))
     for number in range(1, settings.steps + 1):
@@ -521,9 +521,18 @@ def _match(
 
 
 def _distance_gradient(
-    embed: Callable[[tf.Tensor], tf.Tensor],
-) -> Callable[[tf.Tensor, np.ndarray], tuple[tf.Tensor, tf.Tensor]]:
-    """Squared distance of the classes' means in one network, and its gradient."""
+    embed: Callable[[tf.Tensor], tf.Tensor], images: tf.Tensor, means: tf.Tensor
+) -> Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
+    """Squared distance of the classes' means in one network, and its gradient.
+
+    Args:
+        embed: the network.
+        images: float32 `[n, height, width, colours]`; their shape is read.
+        means: float32 `[classes, features]`; their shape is read.
+
+    Returns:
+        A function of such images and means.
+    """
 
     @tf.function
     def gradient(images: tf.Tensor, means: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -534,7 +543,10 @@ def _distance_gradient(
             distance = tf.reduce_sum((tf.reduce_mean(embedded, axis=1) - means) ** 2)
         return distance, tape.gradient(distance, images)
 
-    return lambda images, means: gradient(images, tf.constant(means))
+    # Traced here: one function for each network is not a function traced too often.
+    return gradient.get_concrete_function(
+        tf.TensorSpec(images.shape), tf.TensorSpec(means.shape)
+    )
 
 
 def _random_network(
