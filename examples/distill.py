@@ -6,9 +6,8 @@
 writes report.json, statement.txt, distilled.npz, statement.json and images.png. The
 guarantee is for people: unit RECORD. Route `linear` makes images for kernel ridge
 regression, `means` makes images for networks to learn from, `dpkip` is the published
-method. With
---validate, the last training images take the place of the test images: settings are to
-be chosen that way.
+method. With --validate, the last training images take the place of the test images:
+settings are to be chosen that way.
 """
 
 import dataclasses
@@ -131,8 +130,8 @@ def make_kernel(dataset: ImageDataset) -> Kernel:
 
 def asked_for(plan: Any) -> Any:
     """A route's own plan with the values that the flags give."""
-    names = ("steps", "learning_rate", "l2_norm")
-    given = {name: getattr(FLAGS, name) for name in names}
+    names = ("steps", "learning_rate", "l2_norm", "damping_rank")
+    given = {name: getattr(FLAGS, name) for name in names if hasattr(plan, name)}
     return dataclasses.replace(
         plan, **{name: value for name, value in given.items() if value is not None}
     )
@@ -145,10 +144,7 @@ def settings(dataset: ImageDataset) -> Distillation:
         images_per_class=FLAGS.images_per_class, steps=FLAGS.synthesis_steps
     )
     return dataclasses.replace(
-        own,
-        training=asked_for(own.training),
-        synthesis=synthesis,
-        damping_rank=FLAGS.damping_rank or own.damping_rank,
+        asked_for(own), training=asked_for(own.training), synthesis=synthesis
     )
 
 
@@ -181,8 +177,6 @@ def by_means(
     """By the class means in random ConvNets, which no other kernel has a part in."""
     del kernel, cache_dir, watch
     plan = MeanMatching(images_per_class=FLAGS.images_per_class)
-    if FLAGS.damping_rank is not None:
-        plan = dataclasses.replace(plan, damping_rank=FLAGS.damping_rank)
     return distill_means(
         dataset.train_images,
         dataset.train_labels,
@@ -220,7 +214,7 @@ def by_dpkip(
 def augmentation(name: str) -> list[keras.layers.Layer]:
     """What is done to the images of a data set while a ConvNet learns from them.
 
-    Chosen on held-out images: strokes gain four points by it, clothes lose two.
+    Chosen on held-out images: strokes gain four points by it, clothes would lose some.
     """
     layers = keras.layers
     if name == "mnist":

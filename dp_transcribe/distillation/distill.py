@@ -34,7 +34,6 @@ from dp_transcribe.distillation.whitening import PublicWhitening
 _LOGGER = logging.getLogger(__name__)
 # The part of the seed that keeps whitening's images apart from synthesis'.
 _WHITENING_PART = 1_000_000
-_PUBLIC_BATCH = 250
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,5 +221,5 @@ def public_whitening(
     images = draw_images(
         source, settings.public_images, seed or 0, first_part=_WHITENING_PART
     )
-    public = embed_in_batches(kernel, images, batch_size=_PUBLIC_BATCH)
+    public = embed_in_batches(kernel, images)
     return PublicWhitening.from_public(public, damping_rank=settings.damping_rank)

@@ -61,8 +61,21 @@ class Kernel(abc.ABC):
         return self.between(self.embed(left), self.embed(right))
 
 
+class InnerProductKernel(Kernel):
+    """A kernel that is the inner product of its embeddings."""
+
+    @property
+    def is_inner_product(self) -> bool:
+        """True."""
+        return True
+
+    def between(self, left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
+        """Inner products."""
+        return tf.matmul(left, right, transpose_b=True)
+
+
 @dataclasses.dataclass(frozen=True)
-class ScatteringKernel(Kernel):
+class ScatteringKernel(InnerProductKernel):
     """Inner product of normalised scattering coefficients.
 
     Each group of channels is brought to mean zero and variance one within each image,
@@ -112,11 +125,6 @@ class ScatteringKernel(Kernel):
         """Length of an embedding: 3969 for images of 28x28x1."""
         return self.channels * math.prod(self.transform.output_size)
 
-    @property
-    def is_inner_product(self) -> bool:
-        """True."""
-        return True
-
     def embed(self, inputs: tf.Tensor) -> tf.Tensor:
         """Normalised scattering coefficients, float32 `[n, features]` of norm 1."""
         return _scattering_embedding(self, inputs)
@@ -124,10 +132,6 @@ class ScatteringKernel(Kernel):
     def jacobian(self, example: tf.Tensor) -> tf.Tensor:
         """As in `Kernel`, the image itself being transformed only once."""
         return _scattering_jacobian(self, tf.cast(example, tf.float32))
-
-    def between(self, left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
-        """Inner products."""
-        return tf.matmul(left, right, transpose_b=True)
 
 
 @tf.function(jit_compile=True, reduce_retracing=False)

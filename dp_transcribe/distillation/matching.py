@@ -20,17 +20,25 @@ import tensorflow as tf
 from dp_transcribe import _validate
 from dp_transcribe._principal import principal_directions
 from dp_transcribe.distillation.dataset import DistilledDataset, balanced_labels
-from dp_transcribe.distillation.kernels import Kernel, embed_in_batches
+from dp_transcribe.distillation.kernels import (
+    InnerProductKernel,
+    Kernel,
+    embed_in_batches,
+)
 from dp_transcribe.distillation.linear import check_labels
 from dp_transcribe.distillation.releases import RELATION, RecordSums
-from dp_transcribe.distillation.synthesis import ImageSource, draw_images
+from dp_transcribe.distillation.synthesis import (
+    ImageSource,
+    draw_images,
+    margins,
+    move_images,
+)
 from dp_transcribe.privacy.calibration import noise_multiplier_for
 from dp_transcribe.privacy.statement import PrivacyStatement
 from dp_transcribe.students import conv_student
 
 _LOGGER = logging.getLogger(__name__)
 _CHUNK = 500
-_LOG_EVERY = 50
 # What the seeds of public draws begin with, so that none repeats another's.
 _NETWORKS, _ORDER = 1, 2
 
@@ -76,8 +84,7 @@ class MeanMatching:
 
     def __post_init__(self) -> None:
         """Checks the attributes."""
-        sizes = ("images_per_class", "networks", "filters", "candidates", "herded")
-        for name in (*sizes, "steps"):
+        for name in ("networks", "filters", "candidates", "herded", "steps"):
             _validate.positive_int(name, getattr(self, name))
         for name in ("l2_norm", "learning_rate"):
             _validate.positive_finite(name, getattr(self, name))
@@ -89,7 +96,7 @@ class MeanMatching:
             _validate.in_range(name, getattr(self, name), 1, self.candidates)
 
 
-class RandomConvNets(Kernel):
+class RandomConvNets(InnerProductKernel):
     """Features of images in ConvNets with random weights, which nothing ever trains.
 
     Args:
@@ -123,18 +130,9 @@ class RandomConvNets(Kernel):
         ]
         self._embed = tf.function(self._all_networks, reduce_retracing=True)
 
-    @property
-    def is_inner_product(self) -> bool:
-        """True."""
-        return True
-
     def embed(self, inputs: tf.Tensor) -> tf.Tensor:
         """Features of all networks beside each other, float32 `[n, features]`."""
         return self._embed(tf.cast(inputs, tf.float32))
-
-    def between(self, left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
-        """Inner products."""
-        return tf.matmul(left, right, transpose_b=True)
 
     def by_network(self, number: int, images: tf.Tensor) -> tf.Tensor:
         """The part of the embedding that is one network's."""
@@ -163,8 +161,8 @@ class ClassMeans:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PublicDirections:
-    """Where public images vary most in the features of a kernel.
+class PublicDirections(InnerProductKernel):
+    """A kernel's embeddings along the directions in which public images vary most.
 
     Attributes:
         kernel: embeds the images.
@@ -193,17 +191,9 @@ class PublicDirections:
         parts = principal_directions(features, rank)
         return cls(kernel, *(part.astype(np.float32) for part in parts))
 
-    def project(self, images: tf.Tensor) -> tf.Tensor:
+    def embed(self, inputs: tf.Tensor) -> tf.Tensor:
         """Coordinates of images, float32 `[n, directions]`."""
-        return (self.kernel.embed(images) - self.mean) @ self.basis
-
-    def project_in_batches(self, images: np.ndarray) -> np.ndarray:
-        """As `project`, for many images."""
-        batches = [
-            self.project(tf.constant(images[start : start + _CHUNK])).numpy()
-            for start in range(0, len(images), _CHUNK)
-        ]
-        return np.concatenate(batches)
+        return (self.kernel.embed(inputs) - self.mean) @ self.basis
 
 
 def distill_means(
@@ -247,12 +237,12 @@ def distill_means(
         released once.
     """
     settings = settings or MeanMatching()
+    public_seed = _validate.optional_seed("seed", seed) or 0
     labels = check_labels(labels, len(images), num_classes)
     shape = tuple(np.shape(images)[1:])
     if len(shape) != 3:
         expected = "images of shape (records, height, width, colours)"
         raise _validate.invalid("images", np.shape(images), expected)
-    public_seed = seed or 0
     kernel = RandomConvNets(
         shape,
         networks=settings.networks,
@@ -336,7 +326,7 @@ def release_class_means(
         rows = slice(start, start + _CHUNK)
         batch = tf.constant(np.asarray(images[rows], np.float32))
         total += class_sums(
-            directions.project(batch),
+            directions.embed(batch),
             tf.constant(labels[rows]),
             num_classes=num_classes,
             l2_norm=settings.l2_norm,
@@ -417,18 +407,17 @@ def first_images(
     References:
         Chen, Welling, Smola: Super-Samples from Kernel Herding, arXiv:1203.3472.
     """
-    coordinates = directions.project_in_batches(images)
+    coordinates = embed_in_batches(directions, images, batch_size=_CHUNK)
     weights, offsets = discriminants(
         released.means, directions.variances, settings.damping_rank
     )
-    scores = coordinates @ weights - offsets
+    surest = margins(coordinates @ weights - offsets)
     among = max(settings.herded, settings.images_per_class)
     chosen = []
     for label, mean in enumerate(released.means):
-        others = np.delete(scores, label, axis=1).max(axis=1)
-        candidates = np.argsort(others - scores[:, label])[:among]
+        candidates = np.argsort(-surest[:, label])[:among]
         # Of a class that few public images belong to, others are taken when all are.
-        own = (scores[candidates, label] > others[candidates]).sum()
+        own = (surest[candidates, label] > 0.0).sum()
         candidates = candidates[: max(own, settings.images_per_class)]
         picked = herd(coordinates[candidates], mean, settings.images_per_class)
         chosen.append(candidates[picked])
@@ -470,7 +459,7 @@ def herd(rows: np.ndarray, mean: np.ndarray, count: int) -> np.ndarray:
     chosen = []
     for number in range(1, count + 1):
         # The squared distance of the new mean, up to what all rows share.
-        cost = (2.0 * rows @ total + squares) / number**2 - 2.0 * towards / number
+        cost = (2.0 * (rows @ total) + squares) / number**2 - 2.0 * towards / number
         best = int(np.argmin(np.where(free, cost, np.inf)))
         free[best] = False
         total += rows[best]
@@ -499,29 +488,27 @@ def _match(
     found = (first - directions.mean) @ directions.basis
     targets = first + (means - found) @ directions.basis.T
     parts = tf.split(tf.cast(targets, tf.float32), len(kernel.networks), axis=1)
-    images = tf.Variable(start)
-    schedule = keras.optimizers.schedules.CosineDecay(
-        settings.learning_rate, settings.steps, alpha=0.1
-    )
-    optimizer = keras.optimizers.Adam(schedule)
-    optimizer.build([images])
     gradients = [
-        _distance_gradient(functools.partial(kernel.by_network, number), images, part)
+        _distance_gradient(functools.partial(kernel.by_network, number), start, part)
         for number, part in enumerate(parts)
     ]
     order = np.random.default_rng((seed, _ORDER))
-    for number in range(1, settings.steps + 1):
+
+    def gradient_of_one(images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         chosen = int(order.integers(len(parts)))
-        distance, gradient = gradients[chosen](images.value(), parts[chosen])
-        optimizer.apply_gradients([(gradient, images)])
-        images.assign(tf.clip_by_value(images, *settings.pixel_range))
-        if number % _LOG_EVERY == 0:
-            _LOGGER.info("step %d: squared distance %.5f", number, float(distance))
-    return images.numpy()
+        return gradients[chosen](images, parts[chosen])
+
+    return move_images(
+        start,
+        gradient_of_one,
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        pixel_range=settings.pixel_range,
+    )
 
 
 def _distance_gradient(
-    embed: Callable[[tf.Tensor], tf.Tensor], images: tf.Tensor, means: tf.Tensor
+    embed: Callable[[tf.Tensor], tf.Tensor], images: np.ndarray, means: tf.Tensor
 ) -> Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
     """Squared distance of the classes' means in one network, and its gradient.
 

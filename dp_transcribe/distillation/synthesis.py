@@ -111,14 +111,19 @@ def synthesize(
     labels = balanced_labels(settings.images_per_class, weights.shape[1])
     chunk = check_support(kernel, source, settings, num_classes=weights.shape[1])
     images = draw_images(source, settings.queries, seed)
-    features = embed_in_batches(kernel, images, batch_size=_BATCH)
+    features = embed_in_batches(kernel, images)
     target = tf.constant(_centred(weights), tf.float32)
     start = _surest(features @ target.numpy(), settings.images_per_class)
-    support = tf.Variable(images[start])
     targets = tf.constant(centred_one_hot(labels, weights.shape[1]))
     pull = _pull(kernel, targets, target, tf.constant(features), settings.penalty)
-    _move(support, kernel, pull, settings, chunk)
-    return support.numpy(), labels
+    support = move_images(
+        images[start],
+        lambda moved: support_gradient(moved.numpy(), kernel, pull, chunk=chunk),
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        pixel_range=settings.pixel_range,
+    )
+    return support, labels
 
 
 def check_support(
@@ -239,21 +244,37 @@ def support_gradient(
     return value, gradient
 
 
-def _move(
-    support: tf.Variable, kernel: Kernel, pull: Pull, settings: Synthesis, chunk: int
-) -> None:
-    """Moves the support images down the gradient."""
+def move_images(
+    start: np.ndarray,
+    gradient_of: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]],
+    *,
+    steps: int,
+    learning_rate: float,
+    pixel_range: tuple[float, float],
+) -> np.ndarray:
+    """Moves images down a gradient by Adam, at a rate that falls to a tenth.
+
+    Args:
+        start: float32 `[n, height, width, colours]`.
+        gradient_of: from images to a value, which is logged, and its gradient.
+        steps: number of steps.
+        learning_rate: the first one, in units of the pixels.
+        pixel_range: lowest and highest value of a pixel.
+
+    Returns:
+        float32, of the shape of `start`.
+    """
+    images = tf.Variable(start)
     optimizer = keras.optimizers.Adam(
-        keras.optimizers.schedules.CosineDecay(
-            settings.learning_rate, settings.steps, alpha=0.1
-        )
+        keras.optimizers.schedules.CosineDecay(learning_rate, steps, alpha=0.1)
     )
-    for number in range(1, settings.steps + 1):
-        loss, gradient = support_gradient(support.numpy(), kernel, pull, chunk=chunk)
-        optimizer.apply_gradients([(tf.constant(gradient), support)])
-        support.assign(tf.clip_by_value(support, *settings.pixel_range))
+    for number in range(1, steps + 1):
+        value, gradient = gradient_of(images.value())
+        optimizer.apply_gradients([(tf.constant(gradient), images)])
+        images.assign(tf.clip_by_value(images, *pixel_range))
         if number % _LOG_EVERY == 0:
-            _LOGGER.info("step %d: dissimilarity %.4f", number, float(loss))
+            _LOGGER.info("step %d: dissimilarity %.5f", number, float(value))
+    return images.numpy()
 
 
 def draw_images(
@@ -264,7 +285,7 @@ def draw_images(
     Args:
         source: public images.
         count: how many.
-        seed: the first half of the seed of every batch.
+        seed: the first half of the seed of every batch, modulo 2**31.
         first_part: the second half of the first batch's; it counts up from there.
 
     Returns:
@@ -272,20 +293,27 @@ def draw_images(
     """
     parts = range(first_part, first_part - (-count // _BATCH))
     batches = [
-        np.asarray(source.sample(_BATCH, tf.constant([seed, part], tf.int32)))
+        np.asarray(source.sample(_BATCH, tf.constant([seed % 2**31, part], tf.int32)))
         for part in parts
     ]
     return np.concatenate(batches)[:count]
 
 
+def margins(scores: np.ndarray) -> np.ndarray:
+    """How far each class is above the best of the others, of scores `[n, classes]`."""
+    return np.stack(
+        [
+            scores[:, label] - np.delete(scores, label, axis=1).max(axis=1)
+            for label in range(scores.shape[1])
+        ],
+        axis=1,
+    )
+
+
 def _surest(scores: np.ndarray, per_class: int) -> np.ndarray:
     """Indices of the images with the largest margin for each class, `[n]`."""
-    chosen = []
-    for label in range(scores.shape[1]):
-        others = np.delete(scores, label, axis=1).max(axis=1)
-        margin = scores[:, label] - others
-        chosen.append(np.argsort(-margin)[:per_class])
-    return np.concatenate(chosen)
+    order = np.argsort(-margins(scores), axis=0)
+    return order[:per_class].T.ravel()
 
 
 def _centred(weights: np.ndarray) -> np.ndarray:

@@ -131,7 +131,7 @@ def test_means_and_counts_are_near_the_true_ones(records, directions):
     released = release(images, labels, directions, target_epsilon=1e3)
     usable = np.isfinite(images).all(axis=(1, 2, 3))
     truth = [
-        directions.project(images[usable & (labels == label)]).numpy().mean(axis=0)
+        directions.embed(images[usable & (labels == label)]).numpy().mean(axis=0)
         for label in (0, 1)
     ]
     np.testing.assert_allclose(released.means, truth, atol=0.01)
@@ -174,7 +174,7 @@ def test_discriminants_tell_public_images_apart(records, directions):
     images, labels = Bars().draw(500, seed=9)
     means = release(*records, directions).means
     weights, offsets = discriminants(means, directions.variances, 10)
-    scores = directions.project(images).numpy() @ weights - offsets
+    scores = directions.embed(images).numpy() @ weights - offsets
     assert np.mean(scores.argmax(axis=1) == labels) > 0.95
 
 
