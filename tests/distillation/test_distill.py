@@ -23,27 +23,11 @@ from dp_transcribe.distillation import (
 )
 from dp_transcribe.distillation.distill import public_whitening
 from dp_transcribe.privacy import Unit
+from tests.distillation.bars import Bars
 
 KERNEL = ScatteringKernel((8, 8, 1), groups=1, scale=1, orientations=4)
 INTERCEPT = InterceptKernel(KERNEL)
-
-
-class Bars:
-    """Noisy horizontal (class 0) or vertical (class 1) bars, or either."""
-
-    def draw(self, n, seed):
-        rng = np.random.default_rng(seed)
-        labels = rng.integers(0, 2, n)
-        wave = 0.5 + 0.5 * np.sin(np.arange(8) * 2.0 + rng.uniform(0, 6, (n, 1)))
-        images = np.repeat(wave[:, :, None], 8, axis=2)
-        images[labels == 1] = images[labels == 1].transpose(0, 2, 1)
-        images += 0.1 * rng.normal(size=images.shape)
-        return images[..., None].astype(np.float32), labels
-
-    def sample(self, n, seed):
-        return tf.constant(self.draw(n, np.asarray(seed))[0])
-
-
+BARS = Bars(8)
 SETTINGS = Distillation(
     training=LinearTraining(steps=20, learning_rate=4.0, accountant="rdp"),
     synthesis=Synthesis(images_per_class=2, steps=10, queries=200),
@@ -53,7 +37,7 @@ SETTINGS = Distillation(
 
 
 def distil(images, labels, kernel=INTERCEPT, **kwargs):
-    arguments = {"source": Bars(), "settings": SETTINGS, "seed": 3, **kwargs}
+    arguments = {"source": BARS, "settings": SETTINGS, "seed": 3, **kwargs}
     return distill(
         images,
         labels,
@@ -67,13 +51,13 @@ def distil(images, labels, kernel=INTERCEPT, **kwargs):
 
 @pytest.fixture(scope="module")
 def distilled():
-    images, labels = Bars().draw(4000, seed=1)
+    images, labels = BARS.draw(4000, seed=1)
     images[7, 3, 3] = np.nan
     return distil(images, labels)[0]
 
 
 def test_ridge_regression_on_the_distilled_images_classifies_real_ones(distilled):
-    images, labels = Bars().draw(300, seed=2)
+    images, labels = BARS.draw(300, seed=2)
     ridge = KernelRidgeClassifier(INTERCEPT).fit(distilled.images, distilled.labels)
     assert ridge.score(images, labels) > 0.95
     np.testing.assert_array_equal(distilled.labels, [0, 0, 1, 1])
@@ -171,13 +155,13 @@ def test_ridge_regression_answers_as_the_private_model_does():
 
 @pytest.mark.parametrize("kernel", [KERNEL, InterceptKernel(RBFKernel())])
 def test_kernels_without_intercept_or_inner_product_are_refused(kernel):
-    images, labels = Bars().draw(20, seed=1)
+    images, labels = BARS.draw(20, seed=1)
     with pytest.raises(ValueError, match="`kernel`"):
         distil(images, labels, kernel)
 
 
 def test_features_with_the_constant_are_refused():
-    images, labels = Bars().draw(20, seed=1)
+    images, labels = BARS.draw(20, seed=1)
     features = embed_in_batches(INTERCEPT, images)
     width = features.shape[1] - 1
     with pytest.raises(ValueError, match=rf"`features`.*\(20, {width}\)"):
@@ -186,7 +170,7 @@ def test_features_with_the_constant_are_refused():
 
 @pytest.mark.parametrize("inner", [KERNEL, RBFKernel(0.1)])
 def test_an_intercept_adds_a_constant_to_the_kernel(inner):
-    images = Bars().sample(5, [1, 2])
+    images = BARS.sample(5, [1, 2])
     kernel = InterceptKernel(inner, length=0.5)
     np.testing.assert_allclose(
         kernel(images, images[:3]), inner(images, images[:3]) + 0.25, atol=1e-5
@@ -200,7 +184,7 @@ def test_an_intercept_carries_the_offset():
     weights = np.random.default_rng(5).normal(size=(KERNEL.num_features, 2))
     offset = np.array([1.0, -3.0])
     kernel = InterceptKernel(KERNEL, length=0.5)
-    images = Bars().sample(5, [1, 2])
+    images = BARS.sample(5, [1, 2])
     np.testing.assert_allclose(
         kernel.embed(images).numpy() @ kernel.weights(weights, offset),
         KERNEL.embed(images).numpy() @ weights + offset,
@@ -238,9 +222,9 @@ def test_whitening_never_lengthens_and_evens_out_variances():
 
 
 def test_plain_weights_and_offset_are_the_whitened_model():
-    images, labels = Bars().draw(4000, seed=1)
+    images, labels = BARS.draw(4000, seed=1)
     features = KERNEL.embed(images).numpy()
-    public = KERNEL.embed(Bars().sample(200, [4, 4])).numpy()
+    public = KERNEL.embed(BARS.sample(200, [4, 4])).numpy()
     whitening = PublicWhitening.from_public(public, damping_rank=20)
     model = PrivateLinearModel(2, SETTINGS.training, seed=1)
     whitened = whitening.apply(features)

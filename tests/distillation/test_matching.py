@@ -6,7 +6,6 @@ import math
 import dp_accounting
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from dp_transcribe.distillation import (
     KernelRidgeClassifier,
@@ -25,6 +24,7 @@ from dp_transcribe.distillation.matching import (
     release_class_means,
 )
 from dp_transcribe.privacy import Unit
+from tests.distillation.bars import Bars
 
 SETTINGS = MeanMatching(
     images_per_class=8,
@@ -38,32 +38,12 @@ SETTINGS = MeanMatching(
     accountant="rdp",
 )
 SUMS = {"num_classes": 3, "l2_norm": 0.7, "count_share": 0.1}
-
-
 SHAPE = (16, 16, 1)
-
-
-class Bars:
-    """Horizontal (class 0) or vertical (class 1) bars, or either; as wide as asked."""
-
-    def __init__(self, pace=2.0):
-        self.pace = pace
-
-    def draw(self, n, seed):
-        rng = np.random.default_rng(seed)
-        labels = rng.integers(0, 2, n)
-        wave = 0.5 + 0.5 * np.sin(np.arange(16) * self.pace + rng.uniform(0, 6, (n, 1)))
-        images = np.repeat(wave[:, :, None], 16, axis=2)
-        images[labels == 1] = images[labels == 1].transpose(0, 2, 1)
-        images += 0.1 * rng.normal(size=images.shape)
-        return images[..., None].astype(np.float32), labels
-
-    def sample(self, n, seed):
-        return tf.constant(self.draw(n, np.asarray(seed))[0])
+BARS = Bars(16)
 
 
 def distil(images, labels, **kwargs):
-    arguments = {"source": Bars(), "settings": SETTINGS, "seed": 3, **kwargs}
+    arguments = {"source": BARS, "settings": SETTINGS, "seed": 3, **kwargs}
     return distill_means(
         images, labels, num_classes=2, target_epsilon=1.0, delta=1e-5, **arguments
     )
@@ -71,7 +51,7 @@ def distil(images, labels, **kwargs):
 
 @pytest.fixture(scope="module")
 def records():
-    images, labels = Bars().draw(4000, seed=1)
+    images, labels = BARS.draw(4000, seed=1)
     images[7, 3, 3] = np.nan
     return images, labels
 
@@ -84,7 +64,7 @@ def distilled(records):
 @pytest.fixture(scope="module")
 def directions():
     kernel = RandomConvNets(SHAPE, networks=2, filters=16)
-    return PublicDirections.from_public(kernel, Bars().draw(100, seed=5)[0], 40)
+    return PublicDirections.from_public(kernel, BARS.draw(100, seed=5)[0], 40)
 
 
 @pytest.mark.parametrize("size", [0.01, 0.7, 1e4, np.inf, np.nan])
@@ -171,7 +151,7 @@ def test_a_class_without_records_gives_finite_means(records, directions):
 
 
 def test_discriminants_tell_public_images_apart(records, directions):
-    images, labels = Bars().draw(500, seed=9)
+    images, labels = BARS.draw(500, seed=9)
     means = release(*records, directions).means
     weights, offsets = discriminants(means, directions.variances, 10)
     scores = directions.embed(images).numpy() @ weights - offsets
@@ -207,7 +187,7 @@ def test_herding_takes_each_row_once_and_beats_chance():
 def test_first_images_are_of_their_class_and_enough_even_if_few_are(
     records, directions
 ):
-    images, labels = Bars().draw(300, seed=9)
+    images, labels = BARS.draw(300, seed=9)
     few = np.r_[np.flatnonzero(labels == 0), np.flatnonzero(labels == 1)[:2]]
     released = release(*records, directions)
     chosen = first_images(released, directions, images[few], SETTINGS)
@@ -216,7 +196,7 @@ def test_first_images_are_of_their_class_and_enough_even_if_few_are(
 
 
 def test_a_classifier_of_the_images_classifies_real_ones(distilled):
-    images, labels = Bars().draw(300, seed=2)
+    images, labels = BARS.draw(300, seed=2)
     kernel = ScatteringKernel(SHAPE, groups=1, scale=1, orientations=4)
     ridge = KernelRidgeClassifier(kernel).fit(distilled.images, distilled.labels)
     assert ridge.score(images, labels) > 0.95
@@ -225,7 +205,7 @@ def test_a_classifier_of_the_images_classifies_real_ones(distilled):
 
 
 def test_the_means_approach_the_private_ones_in_networks_never_used():
-    images, labels = Bars(pace=1.0).draw(4000, seed=1)
+    images, labels = Bars(16, pace=1.0).draw(4000, seed=1)
     kernel = RandomConvNets(SHAPE, networks=2, filters=16, seed=77)
     private = class_means(kernel, images, labels)
     distances = []
@@ -249,8 +229,15 @@ def test_a_seed_repeats_a_run_and_no_seed_does_not(records, distilled):
     assert not np.array_equal(secret[0].images, secret[1].images)
 
 
+def test_a_seed_out_of_range_is_refused_and_a_large_one_is_not(records):
+    with pytest.raises(ValueError, match="`seed`"):
+        distil(*records, seed=-1)
+    settings = dataclasses.replace(SETTINGS, steps=1)
+    assert len(distil(*records, seed=2**40, settings=settings)) == 16
+
+
 def test_embeddings_have_norm_one_and_one_part_per_network(directions):
-    images = Bars().draw(5, seed=0)[0]
+    images = BARS.draw(5, seed=0)[0]
     whole = directions.kernel.embed(images)
     np.testing.assert_allclose(np.linalg.norm(whole, axis=1), 1.0, rtol=1e-5)
     parts = [directions.kernel.by_network(number, images) for number in range(2)]

@@ -67,6 +67,7 @@ def test_everything_is_audited_and_nothing_is_flagged(
     assert not any(audit["flagged"] for audit in report["audits"].values())
     assert {"dpdfd", "srr", "dpsd_data", "dpsd_label"} <= set(report["audits"])
     ours = {"private teacher", "votes", "gradients of teachers"}
+    ours |= {"distillation, class means"}
     assert ours <= set(report["audits"])
     for audit in report["audits"].values():
         assert audit["epsilon_lower_bound"] <= audit["claimed_epsilon"] <= 1.0
