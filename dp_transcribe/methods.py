@@ -39,7 +39,7 @@ METHODS = ("dpdfd", "srr", "dpsd_data", "dpsd_label")
 
 # A generator is pretrained on the prior by so many updates.
 PRETRAINING_STEPS = 300
-REPLAY_SIZE = 2**20
+REPLAY_SIZE = 2**21
 SMOOTHING, NOISY_SMOOTHING = 0.5, 0.3
 # Keeps the head from learning noise by heart.
 WEIGHT_DECAY = 0.5

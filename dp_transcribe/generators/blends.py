@@ -1,4 +1,4 @@
-"""Images of a generator, blended with each other and sharpened."""
+"""Images of a generator, blended with each other and finished like photographs."""
 
 from __future__ import annotations
 
@@ -14,21 +14,28 @@ from dp_transcribe.generators.fields import grid
 
 # Below this an image of an object on black counts as ground.
 _GROUND = 0.08
+# Blurring makes white noise weaker by this: one over the norm of its weights.
+_BLUR_GAIN = 16.0 / 6.0
 
 
 @keras.saving.register_keras_serializable("dp_transcribe")
 class Blends(ProceduralGenerator):
-    """More variety from a generator: pairs of its images in one, and crisp edges.
+    """More variety from a generator: pairs of its images in one, edges, tones, grain.
 
-    A share of the images is blended with another image of the batch: averaged, the
-    lighter of both, their product, one on either side of a random line, or the shape
-    of one filled with the other. All are sharpened by a random strength, as
-    thumbnails are. It costs next to nothing, where drawing more images would not.
+    All images are sharpened by a random strength, as thumbnails are. A share is
+    blended with another image of the batch: averaged, the lighter of both, their
+    product, one on either side of a random line, or the shape of one filled with the
+    other. Then a share changes its tones: the lightest pixel becomes nearly white and
+    the rest follows a random gamma. Last, a share gets the grain of cloth or film,
+    noise in proportion to the pixel. It costs next to nothing, where drawing more
+    images would not.
 
     Args:
         generator: A procedural generator.
         blended: Probability that an image is blended.
         sharpened: Largest strength of the unsharp mask; 0 leaves images as they are.
+        toned: Probability that an image changes its tones.
+        grained: Probability that an image gets a grain.
 
     **Privacy**: public, see `ProceduralGenerator`.
 
@@ -43,11 +50,15 @@ class Blends(ProceduralGenerator):
         *,
         blended: float = 0.6,
         sharpened: float = 2.0,
+        toned: float = 0.7,
+        grained: float = 0.6,
     ) -> None:
         super().__init__(generator.image_shape, output_range=generator.output_range)
         self.generator = generator
         self.blended = probability("blended", blended)
         self.sharpened = non_negative("sharpened", sharpened)
+        self.toned = probability("toned", toned)
+        self.grained = probability("grained", grained)
 
     def draw(self, draws: Draws) -> tf.Tensor:
         """See `ProceduralGenerator.draw`."""
@@ -67,14 +78,28 @@ class Blends(ProceduralGenerator):
         for index, blend in enumerate(rules):
             here = (chosen >= index) & (chosen < index + 1)
             images = tf.where(here, blend, images)
-        return images
+        return self._grain(draws, self._tone(draws, images))
 
     def _sharpen(self, draws: Draws, images: tf.Tensor) -> tf.Tensor:
-        padded = tf.pad(images, [[0, 0], [1, 1], [1, 1], [0, 0]], "SYMMETRIC")
-        rows = (padded[:, :-2] + 2.0 * padded[:, 1:-1] + padded[:, 2:]) / 4.0
-        blurred = (rows[:, :, :-2] + 2.0 * rows[:, :, 1:-1] + rows[:, :, 2:]) / 4.0
         strength = draws.uniform(1, 1, 1, high=self.sharpened)
-        return tf.clip_by_value(images + strength * (images - blurred), 0.0, 1.0)
+        sharp = images + strength * (images - _blurred(images))
+        return tf.clip_by_value(sharp, 0.0, 1.0)
+
+    def _tone(self, draws: Draws, images: tf.Tensor) -> tf.Tensor:
+        lightest = tf.reduce_max(images, axis=(1, 2, 3), keepdims=True)
+        light = draws.uniform(1, 1, 1, low=0.6)
+        gamma = draws.uniform(1, 1, 1, low=0.35, high=1.2)
+        toned = light * (images / tf.maximum(lightest, 1e-6)) ** gamma
+        # Hardly anything is in the image: not to be blown up.
+        chosen = (draws.chance(self.toned, 1, 1, 1) > 0.0) & (lightest > _GROUND)
+        return tf.where(chosen, toned, images)
+
+    def _grain(self, draws: Draws, images: tf.Tensor) -> tf.Tensor:
+        fine = draws.normal(*self.image_shape)
+        coarse = _blurred(fine) * _BLUR_GAIN
+        grain = tf.where(draws.chance(0.5, 1, 1, 1) > 0.0, fine, coarse)
+        strength = draws.log_uniform(1, 1, 1, low=0.01, high=0.3)
+        return images * (1.0 + draws.chance(self.grained, 1, 1, 1) * strength * grain)
 
     def _side(self, draws: Draws) -> tf.Tensor:
         """1 on one side of a soft random line, 0 on the other, `[n, h, w, 1]`."""
@@ -89,6 +114,8 @@ class Blends(ProceduralGenerator):
             "generator": keras.saving.serialize_keras_object(self.generator),
             "blended": self.blended,
             "sharpened": self.sharpened,
+            "toned": self.toned,
+            "grained": self.grained,
         }
 
     @classmethod
@@ -96,3 +123,10 @@ class Blends(ProceduralGenerator):
         """The generator that `get_config` described."""
         load = keras.saving.deserialize_keras_object
         return cls(**{**config, "generator": load(config["generator"])})
+
+
+def _blurred(images: tf.Tensor) -> tf.Tensor:
+    """Every pixel averaged with its neighbours, by weights 1, 2, 1 along both axes."""
+    padded = tf.pad(images, [[0, 0], [1, 1], [1, 1], [0, 0]], "SYMMETRIC")
+    rows = (padded[:, :-2] + 2.0 * padded[:, 1:-1] + padded[:, 2:]) / 4.0
+    return (rows[:, :, :-2] + 2.0 * rows[:, :, 1:-1] + rows[:, :, 2:]) / 4.0

@@ -188,12 +188,12 @@ def test_mirrored_silhouettes_are_their_own_mirror_image():
 class _Constant(ProceduralGenerator):
     """Images of one value: shows where an image of a mixture comes from."""
 
-    def __init__(self, value):
-        super().__init__((2, 2, 1))
+    def __init__(self, value, side=2):
+        super().__init__((side, side, 1))
         self.value = value
 
     def draw(self, draws):
-        return self.value * tf.ones([draws.n, 2, 2, 1])
+        return self.value * tf.ones([draws.n, *self.image_shape])
 
 
 def test_a_mixture_keeps_its_proportions_in_every_batch():
@@ -214,25 +214,57 @@ def test_a_mixture_is_fair_on_average_and_shuffled():
     assert abs(np.mean(first_half) - (0.3 * 0.1 + 0.7 * 0.9)) < 0.06
 
 
+_PLAIN = {"blended": 0.0, "sharpened": 0.0, "toned": 0.0, "grained": 0.0}
+
+
+def _only(generator, **kwargs):
+    """`Blends` that does nothing but what is asked for."""
+    return Blends(generator, **{**_PLAIN, **kwargs})
+
+
 def test_blends_hold_two_images_and_leave_the_stated_share_alone():
     leaves = DeadLeaves((28, 28, 1))
-    untouched = Blends(leaves, blended=0.0, sharpened=0.0)
+    untouched = _only(leaves)
     # The inner generator draws from a sub-seed of its own: compare in distribution.
     alone = np.sort(_images(leaves, 400).mean(axis=(1, 2, 3)))
     same = np.sort(_images(untouched, 400).mean(axis=(1, 2, 3)))
     np.testing.assert_allclose(alone, same, atol=0.15)
-    mixed = _images(Blends(leaves, blended=0.5, sharpened=0.0), 400)
+    mixed = _images(_only(leaves, blended=0.5), 400)
     plain = _images(untouched, 400)  # the same draws of the inner generator
     kept = np.isclose(mixed, plain, atol=1e-6).all(axis=(1, 2, 3)).mean()
     assert 0.4 < kept < 0.6
 
 
 def test_sharpening_raises_contrast_at_edges_and_keeps_flat_areas():
-    soft = _images(Blends(SmoothNoise((28, 28, 1)), blended=0.0, sharpened=0.0), 64)
-    sharp = _images(Blends(SmoothNoise((28, 28, 1)), blended=0.0, sharpened=3.0), 64)
+    soft = _images(_only(SmoothNoise((28, 28, 1))), 64)
+    sharp = _images(_only(SmoothNoise((28, 28, 1)), sharpened=3.0), 64)
     assert np.abs(np.diff(sharp, axis=1)).mean() > np.abs(np.diff(soft, axis=1)).mean()
-    flat = Blends(_Constant(0.5), blended=0.0, sharpened=3.0)
+    flat = _only(_Constant(0.5), sharpened=3.0)
     np.testing.assert_allclose(_images(flat, 4), 0.5, atol=1e-6)
+
+
+def test_toning_lightens_images_keeps_the_order_of_pixels_and_leaves_black_alone():
+    plain = _images(_only(SmoothNoise((28, 28, 1))), 64)
+    toned = _images(_only(SmoothNoise((28, 28, 1)), toned=1.0), 64)
+    assert toned.max(axis=(1, 2, 3)).min() >= 0.6 - 1e-6
+    for before, after in zip(plain, toned, strict=True):
+        order = np.argsort(before, axis=None)
+        assert (np.diff(after.ravel()[order]) >= -1e-6).all()
+    np.testing.assert_array_equal(_images(_only(_Constant(0.0), toned=1.0), 4), 0.0)
+    some = _images(_only(SmoothNoise((28, 28, 1)), toned=0.5), 400)
+    plain = _images(_only(SmoothNoise((28, 28, 1))), 400)
+    kept = np.isclose(some, plain, atol=1e-6).all(axis=(1, 2, 3)).mean()
+    assert 0.4 < kept < 0.6
+
+
+def test_grain_is_in_proportion_to_the_pixel_and_its_mean_is_zero():
+    half = _images(_only(_Constant(0.5, side=28), grained=1.0), 400)
+    quarter = _images(_only(_Constant(0.25, side=28), grained=1.0), 400)
+    np.testing.assert_allclose(half, 2.0 * quarter, atol=0.01)  # the same draws
+    spread = half.std(axis=(1, 2, 3)) / 0.5
+    assert 0.005 < spread.min() < 0.02 and 0.2 < spread.max() < 0.4
+    assert abs(half.mean() - 0.5) < 0.005
+    np.testing.assert_array_equal(_images(_only(_Constant(0.0), grained=1.0), 4), 0.0)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +273,8 @@ def test_sharpening_raises_contrast_at_edges_and_keeps_flat_areas():
         (lambda: RandomStrokes((28, 28)), "image_shape"),
         (lambda: Blends(SmoothNoise((28, 28, 1)), blended=1.5), "blended"),
         (lambda: Blends(SmoothNoise((28, 28, 1)), sharpened=-1.0), "sharpened"),
+        (lambda: Blends(SmoothNoise((28, 28, 1)), toned=-0.1), "toned"),
+        (lambda: Blends(SmoothNoise((28, 28, 1)), grained=2.0), "grained"),
         (lambda: RandomStrokes((28, 0, 1)), "image_shape"),
         (lambda: SmoothNoise((28, 28, 1), output_range=(1, 1)), "output_range"),
         (lambda: SmoothNoise((28, 28, 1), output_range=(0, np.nan)), "output_range"),
