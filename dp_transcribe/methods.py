@@ -46,7 +46,7 @@ WEIGHT_DECAY = 0.5
 # Images of the prior that whiten a wavelet student's features.
 PUBLIC_IMAGES = 4000
 # The head of a wavelet student.
-HIDDEN: dict[str, Any] = {"units": (128,)}
+HIDDEN: dict[str, Any] = {"units": (512,)}
 LINEAR: dict[str, Any] = {"units": ()}
 
 
