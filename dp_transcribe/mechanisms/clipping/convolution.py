@@ -19,6 +19,7 @@ from dp_transcribe.mechanisms.clipping.per_example import (
     Explicit,
     Factored,
     PerExampleGradient,
+    after,
     outer,
     to_float32,
 )
@@ -133,11 +134,9 @@ def gradient(spec: Spec, inputs: tf.Tensor, deltas: tf.Tensor) -> PerExampleGrad
 def _direct(spec: Spec, inputs: tf.Tensor, deltas: tf.Tensor) -> Explicit:
     """Returns the gradients written out, by the arrangement that moves least."""
     counts = tuple(deltas.shape[1:3])
-    inputs = spec.pad(inputs, counts)
-    stride = spec.strides[0]
+    whole, stride = spec, spec.strides[0]
     fold = spec.strides == (stride, stride) and stride > 1
     if fold and spec.kernel[0] % stride == 0 and spec.kernel[1] % stride == 0:
-        inputs = tf.nn.space_to_depth(inputs, stride)
         spec = dataclasses.replace(
             spec,
             kernel=(spec.kernel[0] // stride, spec.kernel[1] // stride),
@@ -146,17 +145,25 @@ def _direct(spec: Spec, inputs: tf.Tensor, deltas: tf.Tensor) -> Explicit:
         )
     else:
         stride = 1
-    (rows, columns), channels, outputs = spec.kernel, inputs.shape[-1], deltas.shape[-1]
+    (rows, columns), outputs = spec.kernel, deltas.shape[-1]
+    channels = inputs.shape[-1] * stride**2
     # Floats to move for each position: both sides expanded, or the inputs alone.
     left = 2 * columns * channels
     both, alone = left + 2 * rows * outputs, left + rows * columns * channels
     split = spec.strides[0] == 1 and both < alone
     swap = columns * channels > (rows * outputs if split else outputs)
+
+    def product(x: tf.Tensor, d: tf.Tensor) -> tf.Tensor:
+        # Padded here, part by part: no padded copy of the whole batch is held.
+        x = whole.pad(x, counts)
+        x = tf.nn.space_to_depth(x, stride) if stride > 1 else x
+        return (_product_of_both if split else _product)(spec, x, d, swap)
+
     values = _in_parts(
-        lambda x, d: (_product_of_both if split else _product)(spec, x, d, swap),
+        product,
         inputs,
         deltas,
-        floats=inputs.shape[1] * counts[1] * min(both, alone),
+        floats=whole.span(0, counts[0]) // stride * counts[1] * min(both, alone),
         size=rows * columns * channels * outputs,
     )
     folds = (stride, stride, channels // stride**2)
@@ -268,9 +275,9 @@ def _in_parts(
         rows = slice(i * part, (i + 1) * part)
         return i + 1, array.write(i, product(inputs[rows], deltas[rows]))
 
-    _, array = tf.while_loop(
-        lambda i, _: i < count, body, (0, array), parallel_iterations=1
-    )
+    # Or the loop would begin in the forward pass with what needs the inputs alone.
+    first = (after([deltas], tf.constant(0)), array)
+    _, array = tf.while_loop(lambda i, _: i < count, body, first, parallel_iterations=1)
     return tf.ensure_shape(array.concat(), [batch, size])
 
 

@@ -189,3 +189,13 @@ def add(gradients: Sequence[PerExampleGradient]) -> PerExampleGradient:
 def to_float32(tensor: tf.Tensor) -> tf.Tensor:
     """Casts to float32, in which norms and sums are always computed."""
     return tf.cast(tensor, tf.float32)
+
+
+def after(done: Sequence[tf.Tensor], value: tf.Tensor) -> tf.Tensor:
+    """Gives `value` only when `done` is computed.
+
+    TensorFlow begins a loop with whatever its inputs already allow, long before all of
+    them are there, and holds what that takes.
+    """
+    with tf.control_dependencies(done):
+        return tf.identity(value)

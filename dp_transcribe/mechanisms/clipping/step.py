@@ -11,6 +11,7 @@ import tensorflow as tf
 from dp_transcribe import _validate
 from dp_transcribe.mechanisms.clipping import ghost, tf_privacy, vectorized
 from dp_transcribe.mechanisms.clipping.bound import Bound, ClippedSum
+from dp_transcribe.mechanisms.clipping.per_example import after
 from dp_transcribe.mechanisms.clipping.validate import check_student
 
 PATHS: dict[str, Callable[..., ClippedSum]] = {
@@ -130,7 +131,8 @@ def _accumulate(
         rows = tf.nest.map_structure(
             lambda a, b: tf.concat([a, b], 0), tuple(total[1:]), tuple(new[1:])
         )
-        return start + size, ClippedSum(gradients, *rows)
+        # Or the next slice would begin while this one is still held.
+        return after(gradients, start + size), ClippedSum(gradients, *rows)
 
     first = slice_at(tf.constant(0))
     invariants = tf.nest.map_structure(
@@ -140,7 +142,7 @@ def _accumulate(
     return tf.while_loop(
         lambda start, _: start < count,
         body,
-        (size, first),
+        (after(first.gradients, size), first),
         shape_invariants=(tf.TensorShape([]), shapes),
         parallel_iterations=1,
     )[1]

@@ -1,5 +1,7 @@
 """Every path gives the sum that the definition gives, for every layer."""
 
+import time
+
 import keras
 import numpy as np
 import pytest
@@ -139,6 +141,43 @@ def test_microbatches_change_nothing(clipping, microbatches):
         np.testing.assert_allclose(
             getattr(parts, name), getattr(whole, name), rtol=1e-4, atol=1e-6
         )
+
+
+def test_a_microbatch_begins_when_the_one_before_it_is_done():
+    # Otherwise the activations of both are held at once, and nothing is saved.
+    model = sequence((8, 8, 2), L.Conv2D(4, 3), L.Flatten(), L.Dense(3))
+    inputs, targets = make_data(model, count=6)
+    seen = []
+
+    def noted(event, tensor):
+        def note(values):
+            if event == "backward":
+                time.sleep(0.02)  # room for the next one to begin too early
+            seen.append(event)
+            return values
+
+        return tf.ensure_shape(
+            tf.numpy_function(note, [tensor], tensor.dtype), tensor.shape
+        )
+
+    @tf.custom_gradient
+    def marked(outputs):
+        return noted("forward", outputs), lambda delta: noted("backward", delta)
+
+    @tf.function
+    def run():
+        return clipped_gradient_sum(
+            model,
+            inputs,
+            targets,
+            lambda y, outputs: squared_error(y, marked(outputs)),
+            l2_norm=0.5,
+            microbatches=3,
+        ).gradients
+
+    for _ in range(3):
+        run()
+    assert seen == ["forward", "backward"] * 9
 
 
 def test_a_batch_of_one_and_a_partial_batch():
