@@ -63,6 +63,30 @@ class Learner:
         self.owner = owner
         self.replicas = owner.distribute_strategy.num_replicas_in_sync
         self.output_range = owner.teacher.input_range
+        # What is frozen is computed once for each query, not once for each update.
+        self.front: keras.Model | None = None
+        self.learns: keras.Model = owner.student
+        split = split_frozen(owner.student)
+        if split is not None and owner.second_student is None:
+            self.front, self.learns = split
+
+    @property
+    def feature_shape(self) -> tuple[int, ...] | None:
+        """Of what the student's frozen part makes of a query; None if there is none."""
+        return None if self.front is None else self.front.output_shape[1:]
+
+    def embed(self, codes: tf.Tensor) -> tf.Tensor:
+        """What the part of the student that learns takes: features, or the queries."""
+        queries = dequantize(codes, self.output_range)
+        if self.front is None:
+            return queries
+        return tf.cast(self.front(queries, training=False), tf.float32)
+
+    def inputs(self, kept: tf.Tensor) -> tf.Tensor:
+        """The same from what a pool or a replay kept: features, or codes."""
+        if self.front is None:
+            return dequantize(kept, self.output_range)
+        return tf.cast(kept, tf.float32)
 
     def prepare(self) -> None:
         """Makes ready for a run, when all weights are those to go on with."""
@@ -142,7 +166,8 @@ class GradientLearner(Learner):
         self.sampling_probability = 1.0
         if isinstance(queries, QueryPool):
             shape, classes = owner.teacher.input_shape, owner.teacher.num_classes
-            self.pool = PoolStore(queries.size // self.replicas, shape, classes)
+            size = queries.size // self.replicas
+            self.pool = PoolStore(size, shape, classes, self.feature_shape)
             self.sampling_probability = queries.sampling_probability
             self._fill = tf.function(self._fill_pool)
 
@@ -158,7 +183,14 @@ class GradientLearner(Learner):
     def _fill_pool(self) -> None:
         number = self.owner.noise.advance()
         pool = cast(PoolStore, self.pool)
-        pool.fill(lambda count, chunk: self.ask(count, number, chunk))
+
+        def make(
+            count: tf.Tensor, chunk: tf.Tensor
+        ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
+            codes, answers = self.ask(count, number, chunk)
+            return codes, answers, None if self.front is None else self.embed(codes)
+
+        pool.fill(make)
 
     def step(self) -> dict[str, Any]:
         """The student updates of one `train_step`.
@@ -179,11 +211,12 @@ class GradientLearner(Learner):
     def _count_classes(self, number: tf.Tensor) -> None:
         seed = as_int32(self.owner.noise.stream(number, QUERIES, part=replica_index()))
         if self.pool is None:
-            images = self._draw(LOOKED_AT, seed)
+            inputs = self.embed(
+                quantize(self._draw(LOOKED_AT, seed), self.output_range)
+            )
         else:
-            codes = self.pool.some_queries(LOOKED_AT, seed)
-            images = dequantize(codes, self.output_range)
-        logits = self.owner.student(images, training=False)
+            inputs = self.inputs(self.pool.some_inputs(LOOKED_AT, seed))
+        logits = self.learns(inputs, training=False)
         seen = tf.nn.softmax(tf.cast(logits, tf.float32) + self.log_frequencies)
         self.follow_frequencies(seen, tf.ones([LOOKED_AT]), PREDICTION_RATE)
 
@@ -194,21 +227,22 @@ class GradientLearner(Learner):
         batch = dataclasses.replace(
             self._batch(number), log_frequencies=self.log_frequencies
         )
-        release = mechanism.summed(owner.student, batch, self._row_noise(number))
+        release = mechanism.summed(self.learns, batch, self._row_noise(number))
         release = self._noisy(all_reduce_sum(release.tensors()), number)
         # Keras' optimizers sum over replicas what is the same on all of them here.
         scale = 1.0 / (mechanism.divisor(self.batch_size) * self.replicas)
         gradients = [gradient * scale for gradient in release.gradients]
-        owner.student_optimizer.apply(gradients, owner.student.trainable_variables)
+        owner.student_optimizer.apply(gradients, self.learns.trainable_variables)
         return mechanism.progress(release, self.batch_size)
 
     def _batch(self, number: tf.Tensor) -> Batch:
         if self.pool is not None:
             seed = self.owner.noise.stream(number, SAMPLING, part=replica_index())
-            return self.pool.sample(self.sampling_probability, seed, self.output_range)
+            kept, answers, mask = self.pool.sample(self.sampling_probability, seed)
+            return Batch(self.inputs(kept), answers, mask)
         count = self.batch_size // self.replicas
         codes, answers = self.ask(count, number, 0)
-        return Batch(dequantize(codes, self.output_range), answers, tf.ones([count]))
+        return Batch(self.embed(codes), answers, tf.ones([count]))
 
     def _row_noise(self, number: tf.Tensor) -> Any:
         """Standard noise of this replica's own rows."""
@@ -231,15 +265,8 @@ class AnswerLearner(Learner):
         super().__init__(owner)
         self.batch_size = owner.replay_batch_size
         shape, classes = owner.teacher.input_shape, owner.teacher.num_classes
-        self.front: keras.Model | None = None
-        self.learns: keras.Model = owner.student
-        # What is frozen is computed once for each query, not once for each update.
-        split = split_frozen(owner.student)
-        if split is not None and owner.second_student is None:
-            self.front, self.learns = split
-        features = None if self.front is None else self.front.output_shape[1:]
         size = owner.replay_size // self.replicas
-        self.replay = Replay(size, shape, classes, features)
+        self.replay = Replay(size, shape, classes, self.feature_shape)
         self._features_missing = 0
         self._answered = 0
         self._resting = False
@@ -306,10 +333,8 @@ class AnswerLearner(Learner):
         for codes, features in zip(*parts, strict=True):
             for start in range(0, filled, RENEWED_AT_ONCE):
                 rows = slice(start, min(start + RENEWED_AT_ONCE, filled))
-                queries = dequantize(codes[rows], self.output_range)
-                features[rows].assign(
-                    tf.saturate_cast(self._embed(queries), tf.float16)
-                )
+                new = self.embed(codes[rows])
+                features[rows].assign(tf.saturate_cast(new, tf.float16))
 
     def begin_steps(self, steps: int) -> bool:
         """Counts the answers to come; whether the student rests is known before them.
@@ -321,12 +346,6 @@ class AnswerLearner(Learner):
         rests = self.owner.rests
         self._resting = any(first <= answered < last for first, last in rests)
         return self._resting
-
-    def _embed(self, queries: tf.Tensor) -> tf.Tensor:
-        """What the part of the student that learns takes: features, or the queries."""
-        if self.front is None:
-            return queries
-        return tf.cast(self.front(queries, training=False), tf.float32)
 
     def _replay_parts(self) -> list[tuple[tf.Variable, ...]]:
         """The replay's variables, for each the copies in this process."""
@@ -355,8 +374,7 @@ class AnswerLearner(Learner):
         owner, mechanism = self.owner, self.mechanism
         count = owner.queries.batch_size // self.replicas
         codes, answers = self.ask(count, number, 0)
-        queries = dequantize(codes, self.output_range)
-        inputs = self._embed(queries)
+        inputs = self.embed(codes)
         logits = tf.cast(self.learns(inputs, training=False), tf.float32)
         adjusted = logits + self.log_frequencies
         seed = owner.noise.stream(number, ANSWERS, part=replica_index())
@@ -398,12 +416,8 @@ class AnswerLearner(Learner):
         """Rows of the replay: what the student takes, and what was released."""
         number = self.owner.noise.advance()
         seed = self.owner.noise.stream(number, SAMPLING, part=replica_index())
-        drawn, rows = self.replay.sample(self.batch_size // self.replicas, seed)
-        if self.front is None:
-            inputs = dequantize(drawn, self.output_range)
-        else:
-            inputs = tf.cast(drawn, tf.float32)
-        return inputs, Released(rows[:, 0], rows[:, 1])
+        kept, rows = self.replay.sample(self.batch_size // self.replicas, seed)
+        return self.inputs(kept), Released(rows[:, 0], rows[:, 1])
 
     def _learn(
         self,

@@ -30,7 +30,6 @@ from dp_transcribe.mechanisms.randomized_response import SelectiveRandomizedResp
 from dp_transcribe.mechanisms.weight_gradient import NormalizedGradient
 from dp_transcribe.privacy.inheritance import check_inheritable
 from dp_transcribe.queries import FreshQueries, Queries, QueryPool
-from dp_transcribe.students import lenet_student
 from dp_transcribe.teachers import Teacher
 from dp_transcribe.transcriber import DPTranscriber
 from dp_transcribe.wavelets import wavelet_student
@@ -45,7 +44,8 @@ SMOOTHING, NOISY_SMOOTHING = 0.5, 0.3
 WEIGHT_DECAY = 0.5
 # Images of the prior that whiten a wavelet student's features.
 PUBLIC_IMAGES = 4000
-# The head of a wavelet student.
+# The head of a wavelet student; the small one for noise on every weight.
+SMALL: dict[str, Any] = {"units": (128,)}
 HIDDEN: dict[str, Any] = {"units": (512,)}
 LINEAR: dict[str, Any] = {"units": ()}
 
@@ -77,6 +77,8 @@ def dpdfd(
     *,
     student: keras.Model | None = None,
     generator: TrainableGenerator | None = None,
+    pool_size: int = 500_000,
+    batch_size: int = 4096,
     epochs: int = 10,
     steps_per_epoch: int = 30,
     seed: int | None = None,
@@ -86,10 +88,15 @@ def dpdfd(
     Args:
         teacher: a `Teacher`, or what `Teacher` takes.
         prior: public source of most queries; a new generator is pretrained on it.
-        student: logits `[batch, classes]`; a LeNet with tanh by default.
+        student: logits `[batch, classes]`; a `wavelet_student` by default. Noise grows
+            with the number of weights that learn: a student of your own does best
+            with few, and its classes are balanced (see `DPTranscriber`).
         generator: a trainable generator; by default a pretrained `ConvGenerator`.
+        pool_size: queries, all asked before the first update. Twice as many let the
+            batch be twice as large at the same cost.
+        batch_size: expected number of queries per update.
         epochs: of the default schedule.
-        steps_per_epoch: of the default schedule.
+        steps_per_epoch: of the default schedule, each of five updates.
         seed: None for secret noise.
 
     Returns:
@@ -98,16 +105,17 @@ def dpdfd(
     **Privacy**: unit `RESPONSE`. Student and generator are covered.
 
     References:
-        arXiv:2304.12528. Pools of queries, the public prior and the averaged
+        arXiv:2304.12528. The pool of queries, the public prior and the averaged
         iterates are this library's.
     """
     teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+    balance_classes = student is not None
     if student is None:
-        student = lenet_student(teacher.input_shape, teacher.num_classes)
+        student = _wavelet_student(teacher, prior, seed, SMALL)
     updates = 5
     total = epochs * steps_per_epoch * updates
-    # Two pools: the second is asked with the generator as it then is.
-    pool = QueryPool(size=500_000, batch_size=2048, updates=max(750, -(-total // 2)))
+    least = -(-pool_size // batch_size)
+    pool = QueryPool(size=pool_size, batch_size=batch_size, updates=max(total, least))
     rate = keras.optimizers.schedules.CosineDecay(1.0, total, alpha=0.05)
     return _transcriber(
         teacher,
@@ -119,7 +127,7 @@ def dpdfd(
         keras.optimizers.SGD(rate, momentum=0.9, use_ema=True, ema_momentum=0.98),
         schedule=(epochs, steps_per_epoch),
         student_updates=updates,
-        balance_classes=True,
+        balance_classes=balance_classes,
         seed=seed,
     )
 

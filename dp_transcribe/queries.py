@@ -15,7 +15,7 @@ import dp_accounting
 import tensorflow as tf
 
 from dp_transcribe import _validate
-from dp_transcribe.mechanisms.base import Batch, Mechanism
+from dp_transcribe.mechanisms.base import Mechanism
 from dp_transcribe.privacy.events import Event
 from dp_transcribe.privacy.ledger import Spend
 from dp_transcribe.privacy.units import Unit
@@ -246,64 +246,86 @@ class PoolStore:
         size: number of queries in this replica's part.
         image_shape: shape of one query.
         num_classes: length of an answer.
+        feature_shape: as for `Replay`.
     """
 
     def __init__(
-        self, size: int, image_shape: tuple[int, ...], num_classes: int
+        self,
+        size: int,
+        image_shape: tuple[int, ...],
+        num_classes: int,
+        feature_shape: tuple[int, ...] | None = None,
     ) -> None:
         self.size = size
         self.codes = local_variable((size, *image_shape), tf.uint8)
+        self.features = _feature_store(size, feature_shape)
         self.answers = local_variable((size, num_classes), tf.float32)
 
     def fill(
         self,
-        make: Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]],
+        make: Callable[
+            [tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]
+        ],
     ) -> None:
         """Renews the whole pool.
 
         Args:
-            make: `make(n, chunk)` gives `n` new queries as uint8 codes and the
-                teacher's answers to them.
+            make: `make(n, chunk)` gives `n` new queries as uint8 codes, the teacher's
+                answers to them, and their features where these are kept.
         """
         start, chunk = tf.constant(0), tf.constant(0)
-        codes, answers = local_part(self.codes), local_part(self.answers)
         while start < self.size:
             count = tf.minimum(CHUNK, self.size - start)
-            new_codes, new_answers = make(count, chunk)
+            codes, answers, features = make(count, chunk)
             rows = tf.range(start, start + count)
-            codes.scatter_update(tf.IndexedSlices(new_codes, rows))
-            answers.scatter_update(tf.IndexedSlices(new_answers, rows))
+            _write(self.codes, codes, rows)
+            _write(self.answers, answers, rows)
+            if self.features is not None:
+                _write(self.features, features, rows)
             start += count
             chunk += 1
 
     def sample(
-        self,
-        probability: float,
-        seed: tf.Tensor,
-        output_range: tuple[float, float],
-    ) -> Batch:
+        self, probability: float, seed: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """A Poisson sample of the pool.
 
         Args:
             probability: with which each member is taken, independently.
             seed: int64 `[2]`, secret.
-            output_range: of the queries.
 
         Returns:
-            The members taken and one masked row, so that no batch is empty.
+            The members taken and one masked row, so that no batch is empty: features
+            where they are kept and codes otherwise, answers, and the mask.
         """
         # 24 random bits in float32 would round the probability; float64 has 53.
         draws = tf.random.stateless_uniform([self.size], seed, dtype=tf.float64)
         taken = tf.where(draws < probability)[:, 0]
         rows = tf.concat([taken, tf.zeros([1], taken.dtype)], 0)
         mask = tf.concat([tf.ones_like(taken, tf.float32), tf.zeros([1])], 0)
-        queries = dequantize(tf.gather(local_part(self.codes), rows), output_range)
-        return Batch(queries, tf.gather(local_part(self.answers), rows), mask)
+        return self._inputs(rows), tf.gather(local_part(self.answers), rows), mask
 
-    def some_queries(self, count: int, seed: tf.Tensor) -> tf.Tensor:
-        """Codes `[count, ...]` of members, chosen apart from every secret sample."""
+    def some_inputs(self, count: int, seed: tf.Tensor) -> tf.Tensor:
+        """Features or codes of members, chosen apart from every secret sample."""
         rows = tf.random.stateless_uniform([count], seed, 0, self.size, tf.int32)
-        return tf.gather(local_part(self.codes), rows)
+        return self._inputs(rows)
+
+    def _inputs(self, rows: tf.Tensor) -> tf.Tensor:
+        kept = self.codes if self.features is None else self.features
+        return tf.gather(local_part(kept), rows)
+
+
+def _feature_store(size: int, shape: tuple[int, ...] | None) -> Any:
+    """Room for features of so many queries, or None where there are none."""
+    return None if shape is None else local_variable((size, *shape), tf.float16)
+
+
+def _write(store: Any, values: tf.Tensor, rows: tf.Tensor) -> None:
+    """Puts values into rows of a `local_variable`, cut off at its largest values."""
+    variable = local_part(store)
+    if values.dtype != variable.dtype:
+        values = tf.saturate_cast(values, variable.dtype)
+    variable.scatter_update(tf.IndexedSlices(values, rows))
 
 
 class Replay:
@@ -330,9 +352,7 @@ class Replay:
     ) -> None:
         self.size = size
         self.codes = local_variable((size, *image_shape), tf.uint8)
-        self.features: Any = None
-        if feature_shape is not None:
-            self.features = local_variable((size, *feature_shape), tf.float16)
+        self.features = _feature_store(size, feature_shape)
         self.released = local_variable((size, 2, num_classes), tf.float32)
         self.written = local_variable((), tf.int64)
 
@@ -348,11 +368,10 @@ class Replay:
         """
         count, written = tf.shape(codes, tf.int64)[0], local_part(self.written)
         rows = (written + tf.range(count)) % self.size
-        kept = [(self.codes, codes), (self.released, released)]
+        _write(self.codes, codes, rows)
+        _write(self.released, released, rows)
         if self.features is not None:
-            kept.append((self.features, tf.saturate_cast(features, tf.float16)))
-        for variable, values in kept:
-            local_part(variable).scatter_update(tf.IndexedSlices(values, rows))
+            _write(self.features, features, rows)
         written.assign_add(count)
 
     def sample(self, count: int, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

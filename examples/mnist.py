@@ -42,7 +42,6 @@ from dp_transcribe.distillation.features import scattering_features
 from dp_transcribe.generators.priors import default_prior
 from dp_transcribe.privacy.accounting import ACCOUNTANTS
 from dp_transcribe.shards import RidgeFit, linear_member
-from dp_transcribe.students import lenet_student
 from dp_transcribe.teachers import TEACHER_RECIPES, train_teacher
 
 _LOGGER = logging.getLogger(__name__)
@@ -58,10 +57,8 @@ UNITS = ("response", "record")
 SHARDS = ((4.0, 1000), (float("inf"), 500))
 LEAST_IN_SHARD = 20
 FEATURES = 600
-# Classes that differ by detail need a wider student than the default one.
-STUDENTS: dict[str, dict[str, Any]] = {
-    "fashion_mnist": {"filters": (32, 64), "units": 64}
-}
+# Classes that differ by detail need more queries of `dpdfd` than its default.
+POOLS = {"fashion_mnist": {"pool_size": 1_000_000, "batch_size": 8192}}
 SCHEDULE = ("epochs", "steps_per_epoch")
 # What may differ between the command that is resumed and the one that resumes it.
 FREE_ON_RESUME = {"resume", "data_dir", "output_dir", "cache_dir", "epochs"}
@@ -386,10 +383,7 @@ def build(config: ExampleConfig, teacher: dpt.Teacher) -> dpt.DPTranscriber:
     if config.unit == "record":
         return ROUTES[config.route].build(teacher, prior, **settings)
     if config.method == "dpdfd":
-        width = STUDENTS.get(config.dataset, {})
-        settings["student"] = lenet_student(
-            teacher.input_shape, teacher.num_classes, **width
-        )
+        settings |= POOLS.get(config.dataset, {})
     return BUILDERS[config.method](teacher, prior, **settings)
 
 

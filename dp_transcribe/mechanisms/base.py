@@ -125,7 +125,8 @@ class Batch:
     """Queries with the teacher's answers, before any noise.
 
     Attributes:
-        queries: `[batch, height, width, channels]`, in the teacher's input range.
+        queries: what the student takes, `[batch, height, width, channels]` in the
+            teacher's input range, or features of that by its frozen part.
         answers: `[batch, classes]` probabilities of the teacher. Protected.
         mask: `[batch]` float32, 0 for padding.
         log_frequencies: of the classes among the queries, `[classes]`; public. What a
