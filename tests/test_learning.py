@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 from scipy import stats
 
+from dp_transcribe import learning
 from dp_transcribe.learning import make_learner
 from dp_transcribe.mechanisms import (
     ClippedGradient,
@@ -317,6 +318,36 @@ def test_a_frozen_front_is_computed_once_and_changes_nothing():
     assert not np.array_equal(
         split.student.layers[-1].kernel, tiny.conv_model().layers[-1].kernel
     )
+
+
+@pytest.mark.parametrize(
+    "queries",
+    [QueryPool(size=40, batch_size=20, updates=4), FreshQueries(batch_size=16)],
+)
+def test_gradients_behind_a_frozen_front_are_those_of_the_whole_student(
+    queries, monkeypatch
+):
+    def run():
+        student = tiny.frozen_front_model()
+        model = tiny.transcriber(
+            NormalizedGradient(noise_multiplier=1.0), student=student, queries=queries
+        )
+        tiny.fit(model, 3)
+        return model
+
+    split = run()
+    monkeypatch.setattr(learning, "split_frozen", lambda student: None)
+    whole = run()
+    assert split._learner.front is not None and whole._learner.front is None
+    np.testing.assert_allclose(
+        tiny.flat_weights(split.student), tiny.flat_weights(whole.student), atol=2e-3
+    )
+    if split._learner.pool is not None:
+        pool = split._learner.pool
+        images = dequantize(pool.codes.value(), (0.0, 1.0))
+        np.testing.assert_allclose(
+            pool.features.numpy(), split._learner.front(images), atol=2e-3
+        )
 
 
 def test_the_replay_holds_released_answers_and_no_raw_ones():
