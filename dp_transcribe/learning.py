@@ -176,11 +176,15 @@ class GradientLearner(Learner):
         """The transcriber's mechanism."""
         return cast(GradientMechanism, self.owner.mechanism)
 
-    def renew_pool(self) -> None:
-        """Replaces the pool by new queries, on every replica."""
-        self.owner.distribute_strategy.run(self._fill)
+    def renew_pool(self, *, show: bool = False) -> None:
+        """Replaces the pool by new queries, on every replica.
 
-    def _fill_pool(self) -> None:
+        Args:
+            show: print how far it is, since a large pool takes minutes.
+        """
+        self.owner.distribute_strategy.run(self._fill, args=(show,))
+
+    def _fill_pool(self, show: bool) -> None:
         number = self.owner.noise.advance()
         pool = cast(PoolStore, self.pool)
 
@@ -190,7 +194,7 @@ class GradientLearner(Learner):
             codes, answers = self.ask(count, number, chunk)
             return codes, answers, None if self.front is None else self.embed(codes)
 
-        pool.fill(make)
+        pool.fill(make, show=show)
 
     def step(self) -> dict[str, Any]:
         """The student updates of one `train_step`.

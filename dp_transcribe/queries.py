@@ -22,6 +22,8 @@ from dp_transcribe.privacy.units import Unit
 from dp_transcribe.workers import local_devices, outside_scopes
 
 CHUNK = 1000
+# Chunks after which a pool that is filled says how far it is.
+SHOWN_EVERY = 50
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,12 +268,15 @@ class PoolStore:
         make: Callable[
             [tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]
         ],
+        *,
+        show: bool = False,
     ) -> None:
         """Renews the whole pool.
 
         Args:
             make: `make(n, chunk)` gives `n` new queries as uint8 codes, the teacher's
                 answers to them, and their features where these are kept.
+            show: print now and then how far it is.
         """
         start, chunk = tf.constant(0), tf.constant(0)
         while start < self.size:
@@ -284,6 +289,9 @@ class PoolStore:
                 _write(self.features, features, rows)
             start += count
             chunk += 1
+            if show:
+                if chunk % SHOWN_EVERY == 0:
+                    tf.print("Queries asked for the pool:", start, "of", self.size)
 
     def sample(
         self, probability: float, seed: tf.Tensor

@@ -177,6 +177,7 @@ class DPTranscriber(keras.Model):
         self.noise = NoiseSource(self.seed)
         self.schedule = tuple(_validate.positive_int("schedule", n) for n in schedule)
         self._learner: GradientLearner | AnswerLearner | None = None
+        self._shows = False
         self._trackers = {
             name: keras.metrics.Mean(name=name)
             for name in ("student_loss", "agreement", "generator_loss")
@@ -464,6 +465,7 @@ class DPTranscriber(keras.Model):
             steps_per_epoch=steps_per_epoch,
             steps_at_once=self.steps_per_execution,
         )
+        self._shows = verbose != 0
         with losing_no_worker(self.distribute_strategy):
             self._prepare()
             return super().fit(
@@ -519,7 +521,7 @@ class DPTranscriber(keras.Model):
         def accounted(iterator: Any) -> dict[str, Any]:
             learner = self._make_learner()
             if self.budget.spend(self.steps_per_execution):
-                cast(GradientLearner, learner).renew_pool()
+                cast(GradientLearner, learner).renew_pool(show=self._shows)
             self.stop_training |= self.budget.is_spent
             rests = learner.begin_steps(self.steps_per_execution)
             if rests not in traced:

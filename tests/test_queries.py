@@ -11,6 +11,7 @@ from dp_transcribe.privacy.ledger import Ledger
 from dp_transcribe.privacy.units import Unit
 from dp_transcribe.queries import (
     CHUNK,
+    SHOWN_EVERY,
     FreshQueries,
     PoolStore,
     QueryPool,
@@ -122,7 +123,7 @@ def test_a_pool_that_would_be_mostly_unused_is_refused():
 # How it is drawn.
 
 
-def filled_store(size):
+def filled_store(size, **kwargs):
     """A pool whose query i has the code i (modulo 256) and the answer i."""
     store = PoolStore(size, (1,), 2)
 
@@ -132,7 +133,7 @@ def filled_store(size):
         answers = tf.cast(tf.stack([index, -index], -1), tf.float32)
         return codes, answers, None
 
-    tf.function(lambda: store.fill(make))()
+    tf.function(lambda: store.fill(make, **kwargs))()
     return store
 
 
@@ -150,6 +151,14 @@ def test_every_part_of_the_pool_is_filled_and_keeps_queries_with_answers():
     assert np.array_equal(store.codes.numpy()[:, 0], np.arange(2 * CHUNK + 123) % 256)
     codes, answers, _ = store.sample(0.5, tf.constant([1, 2], tf.int64))
     assert np.array_equal(codes.numpy()[:, 0], answers.numpy()[:, 0] % 256)
+
+
+def test_filling_a_large_pool_says_how_far_it_is(capfd):
+    filled_store(SHOWN_EVERY * CHUNK, show=True)
+    shown = capfd.readouterr()
+    assert f"{SHOWN_EVERY * CHUNK} of {SHOWN_EVERY * CHUNK}" in shown.err + shown.out
+    filled_store(SHOWN_EVERY * CHUNK)
+    assert "Queries" not in "".join(capfd.readouterr())
 
 
 @pytest.fixture(scope="module")
