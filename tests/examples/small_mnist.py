@@ -11,6 +11,7 @@ from dp_transcribe.queries import FreshQueries, QueryPool
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "mnist.py"
 SIZES = {
     "PRETRAINING_STEPS": 1,
+    "PUBLIC_IMAGES": 1100,
     "ConvGenerator": MLPGenerator,
     "pretrain": lambda generator, prior, **_: None,
     "REPLAY_SIZE": 256,
