@@ -43,9 +43,10 @@ BARS = Bars(16)
 
 
 def distil(images, labels, **kwargs):
-    usual = {"source": BARS, "settings": SETTINGS, "seed": 3, "target_epsilon": 1.0}
-    arguments = {**usual, **kwargs}
-    return distill_means(images, labels, num_classes=2, delta=1e-5, **arguments)
+    arguments = {"source": BARS, "settings": SETTINGS, "seed": 3, **kwargs}
+    return distill_means(
+        images, labels, num_classes=2, target_epsilon=1.0, delta=1e-5, **arguments
+    )
 
 
 @pytest.fixture(scope="module")
@@ -207,18 +208,17 @@ def test_the_means_approach_the_private_ones_in_networks_never_used():
     images, labels = Bars(16, pace=1.0).draw(4000, seed=1)
     kernel = RandomConvNets(SHAPE, networks=2, filters=16, seed=77)
     private = class_means(kernel, images, labels)
-    usual = {"networks": 16, "directions": 90, "candidates": 100}
-
-    def distance(steps, seed):
+    distances = []
+    for steps in (1, 200):
+        # The first images are the surest of their class, not herded: those are near
+        # already, and how near hangs on the noise.
         settings = dataclasses.replace(
-            SETTINGS, images_per_class=24, steps=steps, **usual
+            SETTINGS, networks=16, directions=90, steps=steps, herded=8
         )
-        made = distil(images, labels, settings=settings, seed=seed)
-        return np.linalg.norm(class_means(kernel, made.images, made.labels) - private)
-
-    # One draw of the noise says little: ratios of 0.95 to 0.97 were seen.
-    ratios = [distance(200, seed) / distance(1, seed) for seed in (3, 5)]
-    assert np.mean(ratios) < 0.98
+        made = distil(images, labels, settings=settings)
+        means = class_means(kernel, made.images, made.labels)
+        distances.append(np.linalg.norm(means - private))
+    assert distances[1] < 0.95 * distances[0]
 
 
 def class_means(kernel, images, labels):
