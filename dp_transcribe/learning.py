@@ -188,11 +188,9 @@ class GradientLearner(Learner):
         number = self.owner.noise.advance()
         pool = cast(PoolStore, self.pool)
 
-        def make(
-            count: tf.Tensor, chunk: tf.Tensor
-        ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
+        def make(count: tf.Tensor, chunk: tf.Tensor) -> tuple[tf.Tensor, ...]:
             codes, answers = self.ask(count, number, chunk)
-            return codes, answers, None if self.front is None else self.embed(codes)
+            return codes, answers, self.embed(codes)
 
         pool.fill(make, show=show)
 

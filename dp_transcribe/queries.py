@@ -239,7 +239,55 @@ def local_part(variable: Any) -> tf.Variable:
     return copies[index % len(copies)]
 
 
-class PoolStore:
+class QueryStore:
+    """Room of one replica for queries, and for their features where there are any.
+
+    Args:
+        size: number of queries.
+        image_shape: shape of one query.
+        feature_shape: shape of what the frozen part of the student makes of a query,
+            which is then kept beside it in half precision, cut off at its largest
+            values; None keeps queries alone.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        image_shape: tuple[int, ...],
+        feature_shape: tuple[int, ...] | None = None,
+    ) -> None:
+        self.size = size
+        self.codes = local_variable((size, *image_shape), tf.uint8)
+        self.features: Any = None
+        if feature_shape is not None:
+            self.features = local_variable((size, *feature_shape), tf.float16)
+
+    def put(
+        self, rows: tf.Tensor, codes: tf.Tensor, features: tf.Tensor | None
+    ) -> None:
+        """Writes queries.
+
+        Args:
+            rows: where, `[n]`.
+            codes: uint8 `[n, *image_shape]`.
+            features: `[n, *feature_shape]`; not read where only queries are kept.
+        """
+        _write(self.codes, codes, rows)
+        if self.features is not None:
+            _write(self.features, tf.saturate_cast(features, tf.float16), rows)
+
+    def inputs(self, rows: tf.Tensor) -> tf.Tensor:
+        """What the student learns from: features where they are kept, else codes."""
+        kept = self.codes if self.features is None else self.features
+        return tf.gather(local_part(kept), rows)
+
+
+def _write(store: Any, values: tf.Tensor, rows: tf.Tensor) -> None:
+    """Puts values into rows of the current replica's part."""
+    local_part(store).scatter_update(tf.IndexedSlices(values, rows))
+
+
+class PoolStore(QueryStore):
     """One replica's part of the current pool: queries and the teacher's answers.
 
     **Privacy**: holds raw answers. It is never saved and never leaves the process.
@@ -248,7 +296,7 @@ class PoolStore:
         size: number of queries in this replica's part.
         image_shape: shape of one query.
         num_classes: length of an answer.
-        feature_shape: as for `Replay`.
+        feature_shape: see `QueryStore`.
     """
 
     def __init__(
@@ -258,16 +306,12 @@ class PoolStore:
         num_classes: int,
         feature_shape: tuple[int, ...] | None = None,
     ) -> None:
-        self.size = size
-        self.codes = local_variable((size, *image_shape), tf.uint8)
-        self.features = _feature_store(size, feature_shape)
+        super().__init__(size, image_shape, feature_shape)
         self.answers = local_variable((size, num_classes), tf.float32)
 
     def fill(
         self,
-        make: Callable[
-            [tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]
-        ],
+        make: Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, ...]],
         *,
         show: bool = False,
     ) -> None:
@@ -275,7 +319,7 @@ class PoolStore:
 
         Args:
             make: `make(n, chunk)` gives `n` new queries as uint8 codes, the teacher's
-                answers to them, and their features where these are kept.
+                answers to them, and their features; see `put`.
             show: print now and then how far it is.
         """
         start, chunk = tf.constant(0), tf.constant(0)
@@ -283,10 +327,8 @@ class PoolStore:
             count = tf.minimum(CHUNK, self.size - start)
             codes, answers, features = make(count, chunk)
             rows = tf.range(start, start + count)
-            _write(self.codes, codes, rows)
+            self.put(rows, codes, features)
             _write(self.answers, answers, rows)
-            if self.features is not None:
-                _write(self.features, features, rows)
             start += count
             chunk += 1
             if show:
@@ -303,40 +345,23 @@ class PoolStore:
             seed: int64 `[2]`, secret.
 
         Returns:
-            The members taken and one masked row, so that no batch is empty: features
-            where they are kept and codes otherwise, answers, and the mask.
+            The members taken and one masked row, so that no batch is empty: what the
+            student learns from, see `inputs`, answers, and the mask.
         """
         # 24 random bits in float32 would round the probability; float64 has 53.
         draws = tf.random.stateless_uniform([self.size], seed, dtype=tf.float64)
         taken = tf.where(draws < probability)[:, 0]
         rows = tf.concat([taken, tf.zeros([1], taken.dtype)], 0)
         mask = tf.concat([tf.ones_like(taken, tf.float32), tf.zeros([1])], 0)
-        return self._inputs(rows), tf.gather(local_part(self.answers), rows), mask
+        return self.inputs(rows), tf.gather(local_part(self.answers), rows), mask
 
     def some_inputs(self, count: int, seed: tf.Tensor) -> tf.Tensor:
         """Features or codes of members, chosen apart from every secret sample."""
         rows = tf.random.stateless_uniform([count], seed, 0, self.size, tf.int32)
-        return self._inputs(rows)
-
-    def _inputs(self, rows: tf.Tensor) -> tf.Tensor:
-        kept = self.codes if self.features is None else self.features
-        return tf.gather(local_part(kept), rows)
+        return self.inputs(rows)
 
 
-def _feature_store(size: int, shape: tuple[int, ...] | None) -> Any:
-    """Room for features of so many queries, or None where there are none."""
-    return None if shape is None else local_variable((size, *shape), tf.float16)
-
-
-def _write(store: Any, values: tf.Tensor, rows: tf.Tensor) -> None:
-    """Puts values into rows of a `local_variable`, cut off at its largest values."""
-    variable = local_part(store)
-    if values.dtype != variable.dtype:
-        values = tf.saturate_cast(values, variable.dtype)
-    variable.scatter_update(tf.IndexedSlices(values, rows))
-
-
-class Replay:
+class Replay(QueryStore):
     """Queries with their released answers, kept to be learnt from again.
 
     A query is answered once; using the released answer again is post-processing and
@@ -346,9 +371,7 @@ class Replay:
         size: number of queries kept by this replica.
         image_shape: shape of one query.
         num_classes: length of an answer.
-        feature_shape: shape of what the frozen part of the student makes of a query,
-            which is then kept beside it in half precision, cut off at its largest
-            values; None keeps queries alone.
+        feature_shape: see `QueryStore`.
     """
 
     def __init__(
@@ -358,9 +381,7 @@ class Replay:
         num_classes: int,
         feature_shape: tuple[int, ...] | None = None,
     ) -> None:
-        self.size = size
-        self.codes = local_variable((size, *image_shape), tf.uint8)
-        self.features = _feature_store(size, feature_shape)
+        super().__init__(size, image_shape, feature_shape)
         self.released = local_variable((size, 2, num_classes), tf.float32)
         self.written = local_variable((), tf.int64)
 
@@ -372,28 +393,24 @@ class Replay:
         Args:
             codes: uint8 `[n, *image_shape]`.
             released: answers `[n, 2, classes]`.
-            features: `[n, *feature_shape]`; not read where only queries are kept.
+            features: see `put`.
         """
         count, written = tf.shape(codes, tf.int64)[0], local_part(self.written)
         rows = (written + tf.range(count)) % self.size
-        _write(self.codes, codes, rows)
+        self.put(rows, codes, features)
         _write(self.released, released, rows)
-        if self.features is not None:
-            _write(self.features, features, rows)
         written.assign_add(count)
 
     def sample(self, count: int, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Draws rows; may repeat.
 
         Returns:
-            What the student learns from, features where they are kept and codes
-            otherwise, `[count, ...]`, and answers `[count, 2, classes]`.
+            What the student learns from, see `inputs`, and answers
+            `[count, 2, classes]`.
         """
         filled = tf.minimum(local_part(self.written).value(), self.size)
         rows = tf.random.stateless_uniform([count], seed, 0, filled, tf.int64)
-        inputs = self.codes if self.features is None else self.features
-        drawn = tf.gather(local_part(inputs), rows)
-        return drawn, tf.gather(local_part(self.released), rows)
+        return self.inputs(rows), tf.gather(local_part(self.released), rows)
 
     def filled(self, written: int) -> int:
         """How many queries are kept after so many were written."""
