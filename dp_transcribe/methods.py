@@ -8,6 +8,7 @@ Each returns a compiled `DPTranscriber`; call its `fit` with a target epsilon.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -44,8 +45,7 @@ SMOOTHING, NOISY_SMOOTHING = 0.5, 0.3
 WEIGHT_DECAY = 0.5
 # Images of the prior that whiten a wavelet student's features.
 PUBLIC_IMAGES = 4000
-# The head of a wavelet student; the small one for noise on every weight.
-SMALL: dict[str, Any] = {"units": (128,)}
+# The head of a wavelet student.
 HIDDEN: dict[str, Any] = {"units": (512,)}
 LINEAR: dict[str, Any] = {"units": ()}
 
@@ -79,6 +79,7 @@ def dpdfd(
     generator: TrainableGenerator | None = None,
     pool_size: int = 500_000,
     batch_size: int = 4096,
+    units: Sequence[int] = (128,),
     epochs: int = 10,
     steps_per_epoch: int = 30,
     seed: int | None = None,
@@ -95,6 +96,8 @@ def dpdfd(
         pool_size: queries, all asked before the first update. Twice as many let the
             batch be twice as large at the same cost.
         batch_size: expected number of queries per update.
+        units: hidden layers of the default student's head. A wider one learns more
+            where noise is small: from large pools, in large batches.
         epochs: of the default schedule.
         steps_per_epoch: of the default schedule, each of five updates.
         seed: None for secret noise.
@@ -111,7 +114,7 @@ def dpdfd(
     teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
     balance_classes = student is not None
     if student is None:
-        student = _wavelet_student(teacher, prior, seed, SMALL)
+        student = _wavelet_student(teacher, prior, seed, {"units": units})
     updates = 5
     total = epochs * steps_per_epoch * updates
     least = -(-pool_size // batch_size)

@@ -57,8 +57,15 @@ UNITS = ("response", "record")
 SHARDS = ((4.0, 1000), (float("inf"), 500))
 LEAST_IN_SHARD = 20
 FEATURES = 600
-# Classes that differ by detail need more queries of `dpdfd` than its default.
-POOLS = {"fashion_mnist": {"pool_size": 1_000_000, "batch_size": 8192}}
+# Classes that differ by detail: `dpdfd` needs more queries and a wider head.
+LARGER: dict[str, dict[str, Any]] = {
+    "fashion_mnist": {
+        "pool_size": 2_000_000,
+        "batch_size": 16_384,
+        "units": (512,),
+        "epochs": 20,
+    }
+}
 SCHEDULE = ("epochs", "steps_per_epoch")
 # What may differ between the command that is resumed and the one that resumes it.
 FREE_ON_RESUME = {"resume", "data_dir", "output_dir", "cache_dir", "epochs"}
@@ -383,7 +390,7 @@ def build(config: ExampleConfig, teacher: dpt.Teacher) -> dpt.DPTranscriber:
     if config.unit == "record":
         return ROUTES[config.route].build(teacher, prior, **settings)
     if config.method == "dpdfd":
-        settings |= POOLS.get(config.dataset, {})
+        settings = LARGER.get(config.dataset, {}) | settings
     return BUILDERS[config.method](teacher, prior, **settings)
 
 
