@@ -2,6 +2,7 @@
 
 import functools
 
+import keras
 import pytest
 
 import dp_transcribe as dpt
@@ -75,6 +76,25 @@ def test_dpdfd_fits_by_its_own_schedule():
     statement = transcriber.privacy_statement()
     assert 0.0 < statement.epsilon <= 1.0
     assert "generator" in statement.covered
+
+
+def test_the_head_of_dpdfd_has_the_width_asked_for():
+    shape = (8, 8, 1)
+    teacher = keras.Sequential(
+        [
+            keras.layers.Input(shape),
+            keras.layers.Flatten(),
+            keras.layers.Dense(3),
+        ]
+    )
+    transcriber = dpt.dpdfd(
+        Teacher(teacher, outputs="logits"),
+        SmoothNoise(shape),
+        generator=MLPGenerator(shape, latent_dim=4, units=(8,)),
+        units=(7, 5),
+    )
+    learnt = [tuple(w.shape) for w in transcriber.student.trainable_weights]
+    assert [s[1] for s in learnt if len(s) == 2] == [7, 5, 3]
 
 
 def test_a_generator_that_read_the_teacher_is_not_exported(tmp_path):
