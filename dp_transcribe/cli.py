@@ -235,9 +235,10 @@ def never_seen(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Images that no model was trained on, and their labels, for membership attacks.
 
-    Training images where some are left, since they are drawn as the others were. Test
-    images may differ by themselves (half of MNIST's were written by other people), and
-    an attack takes that for membership.
+    Training images where some are left, since they are drawn as the others were, if the
+    teacher's were drawn at random. Test images may differ by themselves (half of
+    MNIST's were written by other people), and so may the first training images from
+    the last; an attack takes either for membership.
 
     Args:
         dataset: the data set.

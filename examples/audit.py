@@ -7,6 +7,7 @@ and audit.png: membership inference against both, model inversion of both, and f
 method a lower bound on its epsilon beside the epsilon that it claims.
 """
 
+import dataclasses
 import logging
 import os
 import sys
@@ -119,6 +120,20 @@ def transcribed(teacher: dpt.Teacher, dataset: ImageDataset) -> dpt.DPTranscribe
     return transcriber
 
 
+def shuffled(dataset: ImageDataset) -> ImageDataset:
+    """The data set with its training images in another order, always the same one.
+
+    The first of them may differ from the last: of MNIST's, models that saw neither
+    tell them apart (AUC 0.52), which an attack would take for membership.
+    """
+    order = np.random.default_rng(0).permutation(len(dataset.train_images))
+    return dataclasses.replace(
+        dataset,
+        train_images=dataset.train_images[order],
+        train_labels=dataset.train_labels[order],
+    )
+
+
 def membership(models: dict[str, dpt.Teacher], dataset: ImageDataset) -> dict[str, Any]:
     """The strongest membership attack on each model."""
     count = FLAGS.train_images
@@ -188,7 +203,7 @@ def run() -> dict[str, Any]:
     _validate.positive_finite("epsilon", FLAGS.epsilon)
     _validate.fraction_open("delta", FLAGS.delta)
     folder = _validate.writable_dir("output_dir", FLAGS.output_dir)
-    dataset = load_dataset(FLAGS.dataset, FLAGS.data_dir)
+    dataset = shuffled(load_dataset(FLAGS.dataset, FLAGS.data_dir))
     if FLAGS.seed is not None:
         keras.utils.set_random_seed(FLAGS.seed)
     count = FLAGS.train_images
