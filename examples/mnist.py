@@ -58,7 +58,7 @@ SHARDS = ((4.0, 1000), (float("inf"), 500))
 LEAST_IN_SHARD = 20
 FEATURES = 600
 # What `dpdfd` does otherwise: where classes differ by detail, more queries and a wider
-# head; where a query takes ten times as long, fewer of them.
+# head; where a query takes longer, fewer of them.
 OWN_SETTINGS: dict[str, dict[str, Any]] = {
     "fashion_mnist": {
         "pool_size": 2_000_000,

@@ -2,7 +2,6 @@
 
 import functools
 
-import keras
 import pytest
 
 import dp_transcribe as dpt
@@ -79,18 +78,10 @@ def test_dpdfd_fits_by_its_own_schedule():
 
 
 def test_the_head_of_dpdfd_has_the_width_asked_for():
-    shape = (8, 8, 1)
-    teacher = keras.Sequential(
-        [
-            keras.layers.Input(shape),
-            keras.layers.Flatten(),
-            keras.layers.Dense(3),
-        ]
-    )
     transcriber = dpt.dpdfd(
-        Teacher(teacher, outputs="logits"),
-        SmoothNoise(shape),
-        generator=MLPGenerator(shape, latent_dim=4, units=(8,)),
+        Teacher(tiny.linear_model(classes=3), outputs="logits"),
+        SmoothNoise(tiny.IMAGE),
+        generator=MLPGenerator(tiny.IMAGE, latent_dim=4, units=(8,)),
         units=(7, 5),
     )
     learnt = [tuple(w.shape) for w in transcriber.student.trainable_weights]

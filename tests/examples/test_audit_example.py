@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from absl import flags
 
@@ -42,6 +43,18 @@ def example(monkeypatch):
     monkeypatch.setitem(sys.modules, "audit_example", module)
     spec.loader.exec_module(module)
     return module
+
+
+def pairs(dataset):
+    """Each training image with its label, in an order of their own."""
+    rows = zip(dataset.train_images, dataset.train_labels, strict=True)
+    return sorted((int(label), image.tobytes()) for image, label in rows)
+
+
+def test_images_keep_their_labels_in_another_order(example, mnist_small):
+    mixed = example.shuffled(mnist_small)
+    assert pairs(mixed) == pairs(mnist_small)
+    assert not np.array_equal(mixed.train_images, mnist_small.train_images)
 
 
 @pytest.mark.slow
