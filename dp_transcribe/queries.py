@@ -246,8 +246,9 @@ class QueryStore:
         size: number of queries.
         image_shape: shape of one query.
         feature_shape: shape of what the frozen part of the student makes of a query,
-            which is then kept beside it in half precision, cut off at its largest
-            values; None keeps queries alone.
+            which is then kept in half precision, cut off at its largest values; None
+            keeps queries alone.
+        keep_codes: keep the queries where their features are kept, too.
     """
 
     def __init__(
@@ -255,12 +256,16 @@ class QueryStore:
         size: int,
         image_shape: tuple[int, ...],
         feature_shape: tuple[int, ...] | None = None,
+        *,
+        keep_codes: bool = True,
     ) -> None:
         self.size = size
-        self.codes = local_variable((size, *image_shape), tf.uint8)
+        self.codes: Any = None
         self.features: Any = None
         if feature_shape is not None:
             self.features = local_variable((size, *feature_shape), tf.float16)
+        if keep_codes or feature_shape is None:
+            self.codes = local_variable((size, *image_shape), tf.uint8)
 
     def put(
         self, rows: tf.Tensor, codes: tf.Tensor, features: tf.Tensor | None
@@ -272,7 +277,8 @@ class QueryStore:
             codes: uint8 `[n, *image_shape]`.
             features: `[n, *feature_shape]`; not read where only queries are kept.
         """
-        _write(self.codes, codes, rows)
+        if self.codes is not None:
+            _write(self.codes, codes, rows)
         if self.features is not None:
             _write(self.features, tf.saturate_cast(features, tf.float16), rows)
 
@@ -290,6 +296,8 @@ def _write(store: Any, values: tf.Tensor, rows: tf.Tensor) -> None:
 class PoolStore(QueryStore):
     """One replica's part of the current pool: queries and the teacher's answers.
 
+    Of a query with features only those are kept.
+
     **Privacy**: holds raw answers. It is never saved and never leaves the process.
 
     Args:
@@ -306,7 +314,7 @@ class PoolStore(QueryStore):
         num_classes: int,
         feature_shape: tuple[int, ...] | None = None,
     ) -> None:
-        super().__init__(size, image_shape, feature_shape)
+        super().__init__(size, image_shape, feature_shape, keep_codes=False)
         self.answers = local_variable((size, num_classes), tf.float32)
 
     def fill(

@@ -343,11 +343,9 @@ def test_gradients_behind_a_frozen_front_are_those_of_the_whole_student(
         tiny.flat_weights(split.student), tiny.flat_weights(whole.student), atol=2e-3
     )
     if split._learner.pool is not None:
-        pool = split._learner.pool
-        images = dequantize(pool.codes.value(), (0.0, 1.0))
-        np.testing.assert_allclose(
-            pool.features.numpy(), split._learner.front(images), atol=2e-3
-        )
+        images = dequantize(whole._learner.pool.codes.value(), (0.0, 1.0))
+        kept = split._learner.pool.features.numpy()
+        np.testing.assert_allclose(kept, split._learner.front(images), atol=2e-3)
 
 
 def test_the_replay_holds_released_answers_and_no_raw_ones():

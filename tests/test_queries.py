@@ -153,6 +153,15 @@ def test_every_part_of_the_pool_is_filled_and_keeps_queries_with_answers():
     assert np.array_equal(codes.numpy()[:, 0], answers.numpy()[:, 0] % 256)
 
 
+def test_a_pool_of_features_keeps_them_in_place_of_the_images():
+    store = PoolStore(5, (28, 28, 1), 2, feature_shape=(3,))
+    codes, features = tf.zeros([5, 28, 28, 1], tf.uint8), tf.random.normal([5, 3])
+    tf.function(lambda: store.fill(lambda *_: (codes, tf.zeros([5, 2]), features)))()
+    kept, _, _ = store.sample(1.0, tf.constant([1, 2], tf.int64))
+    assert store.codes is None
+    np.testing.assert_allclose(kept[:-1], features, rtol=2e-3)
+
+
 def test_filling_a_large_pool_says_how_far_it_is(capfd):
     filled_store(SHOWN_EVERY * CHUNK, show=True)
     shown = capfd.readouterr()
