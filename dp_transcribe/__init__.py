@@ -37,6 +37,7 @@ from dp_transcribe.private_teachers import (
     PrivateTraining,
     fit_private_teacher,
     fit_scattering_teacher,
+    ridge_teacher,
 )
 from dp_transcribe.queries import FreshQueries, QueryPool
 from dp_transcribe.shards import train_shard_teachers
@@ -77,6 +78,7 @@ __all__ = [
     "replace_batch_norm",
     "pate",
     "pate_gradient",
+    "ridge_teacher",
     "srr",
     "train_shard_teachers",
     "transcribe_private_teacher",

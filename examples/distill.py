@@ -27,7 +27,8 @@ import numpy as np
 import tensorflow as tf
 from absl import app, flags
 
-from dp_transcribe import _validate
+import dp_transcribe as dpt
+from dp_transcribe import _validate, reporting
 from dp_transcribe.data import DATASETS, PRIOR_DOMAINS, ImageDataset, load_dataset
 from dp_transcribe.distillation import (
     DPKIP,
@@ -56,6 +57,8 @@ _LOGGER = logging.getLogger(__name__)
 ROUTES = ("linear", "means", "dpkip")
 KERNELS = ("scattering", "ntk", "rbf")
 HELD_OUT = 10_000
+# A taught ConvNet asks so many batches of queries in an epoch.
+TAUGHT_STEPS = 10
 # A ConvNet sees this many batches in an epoch, if they hold ten images each.
 CONVNET_BATCHES = 10
 CONVNET_RATE = 3e-3
@@ -234,20 +237,28 @@ def mixed(images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     return images, (1.0 - share) * labels + share * tf.reverse(labels, [0])
 
 
-def convnet_accuracy(distilled: DistilledDataset, dataset: ImageDataset) -> float:
-    """Accuracy of a small ConvNet that saw the distilled images alone."""
-    keras.utils.set_random_seed(FLAGS.seed or 0)
-    shape = distilled.images.shape[1:]
-    network = conv_student(
-        shape,
+def small_convnet(distilled: DistilledDataset) -> keras.Model:
+    """The network that is usual in the field."""
+    return conv_student(
+        distilled.images.shape[1:],
         distilled.num_classes,
         filters=(64, 64, 64),
         units=None,
         groups=-1,
         pooling="average",
     )
+
+
+def convnet_accuracy(distilled: DistilledDataset, dataset: ImageDataset) -> float:
+    """Accuracy of a small ConvNet that saw the distilled images alone."""
+    keras.utils.set_random_seed(FLAGS.seed or 0)
+    shape = distilled.images.shape[1:]
     model = keras.Sequential(
-        [keras.layers.Input(shape), *augmentation(dataset.name), network]
+        [
+            keras.layers.Input(shape),
+            *augmentation(dataset.name),
+            small_convnet(distilled),
+        ]
     )
     batch_size = max(10, -(-len(distilled) // CONVNET_BATCHES))
     steps = FLAGS.convnet_epochs * -(-len(distilled) // batch_size)
@@ -268,6 +279,29 @@ def convnet_accuracy(distilled: DistilledDataset, dataset: ImageDataset) -> floa
     return float(
         model.evaluate(dataset.test_images, labels, batch_size=500, verbose=0)[1]
     )
+
+
+def taught_accuracy(
+    distilled: DistilledDataset, dataset: ImageDataset, kernel: Kernel
+) -> float:
+    """Accuracy of the same ConvNet, taught by ridge regression on the images.
+
+    The regression answers random images, as many as are wanted: all of it is computed
+    from the distilled images, and nothing more is spent.
+    """
+    keras.utils.set_random_seed(FLAGS.seed or 0)
+    transcriber = dpt.transcribe_private_teacher(
+        dpt.ridge_teacher(distilled, kernel),
+        public_source(dataset),
+        student=small_convnet(distilled),
+        epochs=FLAGS.taught_epochs,
+        steps_per_epoch=TAUGHT_STEPS,
+        seed=FLAGS.seed,
+    )
+    transcriber.fit(verbose=2)
+    reporting.finalize(transcriber)
+    answers = reporting.predict_classes(transcriber.student, dataset.test_images)
+    return float(np.mean(answers == dataset.test_labels))
 
 
 def run() -> dict[str, Any]:
@@ -309,6 +343,9 @@ def measure(
     if FLAGS.convnet_epochs:
         accuracy["convnet"] = convnet_accuracy(distilled, dataset)
         watch.lap("convnet")
+    if FLAGS.taught_epochs:
+        accuracy["convnet_taught"] = taught_accuracy(distilled, dataset, kernel)
+        watch.lap("convnet_taught")
     return accuracy
 
 
@@ -376,6 +413,12 @@ def define_flags(values: flags.FlagValues) -> None:
     real("sampling", 1 / 30, "Probability of a record in a step of DP-KIP.")
     whole("synthesis_steps", 200, "Steps on the images.", lower_bound=1)
     whole("convnet_epochs", 80, "Epochs of the ConvNet.", lower_bound=0)
+    whole(
+        "taught_epochs",
+        0,
+        "Epochs of a ConvNet that ridge regression on the images teaches.",
+        lower_bound=0,
+    )
     text("data_dir", None, "Folder prepared by tensorflow-datasets.")
     text("output_dir", None, "Where the results go.")
     text(

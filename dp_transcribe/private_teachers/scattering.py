@@ -52,6 +52,11 @@ class ScatteringEmbedding(keras.layers.Layer):
         self.mirrored = mirrored
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and number of colours."""
+        return self.scattering.image_shape
+
+    @property
     def kernel(self) -> Kernel:
         """What embeds the images."""
         return MirroredKernel(self.scattering) if self.mirrored else self.scattering
@@ -159,24 +164,32 @@ def scattering_classifier(
     Returns:
         A model `[batch, *image_shape]` to logits `[batch, classes]`.
     """
-    scattering = _scattering(kernel)
+    embedding = embedding_layer(kernel)
     last = WhitenedLinear(len(whitening.basis), model.num_classes, name="logits")
     classifier = keras.Sequential(
-        [
-            keras.layers.Input(scattering.image_shape),
-            ScatteringEmbedding(
-                scattering.image_shape,
-                scattering.groups,
-                scattering.scale,
-                scattering.orientations,
-                mirrored=isinstance(kernel, MirroredKernel),
-            ),
-            last,
-        ],
-        name="teacher",
+        [keras.layers.Input(embedding.image_shape), embedding, last], name="teacher"
     )
     last.set_weights([whitening.basis, whitening.factors, model.centre, model.weights])
     return classifier
+
+
+def embedding_layer(kernel: Kernel) -> ScatteringEmbedding:
+    """A kernel's embedding as a layer.
+
+    Args:
+        kernel: a `ScatteringKernel`, or a `MirroredKernel` around one.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    scattering = _scattering(kernel)
+    return ScatteringEmbedding(
+        scattering.image_shape,
+        scattering.groups,
+        scattering.scale,
+        scattering.orientations,
+        mirrored=isinstance(kernel, MirroredKernel),
+    )
 
 
 def _scattering(kernel: Kernel) -> ScatteringKernel:

@@ -101,6 +101,16 @@ def test_a_convnet_learns_from_the_images(run):
     assert "convnet" in report["seconds"]
 
 
+def test_a_convnet_is_taught_by_the_images(run):
+    report = run(
+        example,
+        *("--route=dpkip", "--bounded=features", "--steps=2", "--images_per_class=2"),
+        *("--convnet_epochs=0", "--taught_epochs=1", "--seed=1"),
+    )
+    assert 0.0 <= report["accuracy"]["convnet_taught"] <= 1.0
+    assert "convnet_taught" in report["seconds"]
+
+
 def test_the_means_route_takes_the_settings_of_the_flags(run, monkeypatch):
     small = {"networks": 2, "filters": 8, "candidates": 300}
     small |= {"public_images": 150, "directions": 120}
