@@ -62,6 +62,24 @@ class Budget:
         self._pool_is_open = False
         self._pool_updates = self._shown_until = 0
 
+    def resume(self, ledger: Ledger, mechanism: Mechanism, *, pool_number: int) -> None:
+        """Takes the place of what was spent, which is never forgotten.
+
+        Args:
+            ledger: of a checkpoint. The own one stays if it goes on from there: what
+                was released since is out, though the weights go back.
+            mechanism: of the checkpoint.
+            pool_number: of the checkpoint.
+        """
+        if not (mechanism == self.mechanism and self.ledger.continues(ledger)):
+            self.ledger, self.pool_number = ledger, 0
+        self.mechanism = mechanism
+        self.pool_number = max(self.pool_number, pool_number)
+
+    def close_pool(self) -> None:
+        """The pool in use was not filled: the next step begins another."""
+        self._pool_is_open = False
+
     def plan(
         self,
         *,

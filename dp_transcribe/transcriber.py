@@ -29,20 +29,22 @@ from dp_transcribe.mechanisms.clipping.validate import (
     check_student as check_clippable,
 )
 from dp_transcribe.mechanisms.inherited import Inherited
-from dp_transcribe.mechanisms.noise import QUERIES, NoiseSource
+from dp_transcribe.mechanisms.noise import QUERIES, NoiseSource, secret_bytes
 from dp_transcribe.privacy.inheritance import inherit
 from dp_transcribe.privacy.ledger import Ledger
 from dp_transcribe.privacy.statement import PrivacyStatement, statement_from_ledger
-from dp_transcribe.queries import FreshQueries, Queries
+from dp_transcribe.queries import FreshQueries, Queries, QueryPool
 from dp_transcribe.saving import as_bytes, as_text, config_of, made_from, numbered
 from dp_transcribe.students import check_student
 from dp_transcribe.teachers import Teacher
 from dp_transcribe.workers import (
     LocalCopy,
     check_equal,
+    gather_parts,
     has_other_workers,
     is_chief,
     losing_no_worker,
+    own_replicas,
 )
 
 
@@ -170,14 +172,23 @@ class DPTranscriber(keras.Model):
             aggregation="mean",
             name="class_frequencies",
         )
+        # A weight, so that it goes where the student's weights go: see `_check_ledger`.
+        self.releases = self.add_weight(
+            shape=(),
+            dtype="int64",
+            initializer="zeros",
+            trainable=False,
+            aggregation="only_first_replica",
+            name="releases",
+        )
         self.generator_covered = generator_covered
-        self.seed = _validate.optional_seed("seed", seed)
+        _validate.optional_seed("seed", seed)
         self._check_parts()
         self._has_other_workers = has_other_workers(self.distribute_strategy)
-        self.noise = NoiseSource(self.seed)
+        self.noise = NoiseSource(seed)
         self.schedule = tuple(_validate.positive_int("schedule", n) for n in schedule)
         self._learner: GradientLearner | AnswerLearner | None = None
-        self._shows = False
+        self._shows = self._is_accounted = self._was_loaded = False
         self._trackers = {
             name: keras.metrics.Mean(name=name)
             for name in ("student_loss", "agreement", "generator_loss")
@@ -185,6 +196,20 @@ class DPTranscriber(keras.Model):
         self.built = True
 
     # What it is made of.
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses other parts than those that were checked and that steps hold."""
+        if name in _FIXED and name in self.__dict__:
+            raise AttributeError(
+                f"`{name}` of a transcriber is fixed: checks, traced steps and the "
+                "ledger are of the one it was made with. Make a new transcriber."
+            )
+        super().__setattr__(name, value)
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of the noise; None if its key is secret."""
+        return self.noise.seed
 
     # Fixed, all three: a traced step has the old noise built in, and the ledger would
     # be told of the new.
@@ -321,8 +346,17 @@ class DPTranscriber(keras.Model):
 
         Returns:
             The metrics so far in this epoch.
+
+        Raises:
+            RuntimeError: it is called by itself and not by `fit` or `train_on_batch`,
+                which account for it.
         """
         del data
+        if not self._is_accounted:
+            raise RuntimeError(
+                "A step of its own is not accounted for. Call `fit` or "
+                "`train_on_batch`, with callbacks for what is to happen in between."
+            )
         logs: dict[str, Any] = {}
         if self.trains_generator:
             for _ in range(self.generator_updates):
@@ -457,6 +491,7 @@ class DPTranscriber(keras.Model):
         _validate.positive_int("steps_per_epoch", steps_per_epoch)
         if not self.compiled:
             raise ValueError("Call `compile` before `fit`.")
+        self._check_ledger()
         self.budget.plan(
             target_epsilon=target_epsilon,
             delta=delta,
@@ -481,6 +516,10 @@ class DPTranscriber(keras.Model):
 
     def _prepare(self) -> None:
         """Builds everything that Keras would build from a batch of data."""
+        if self._was_loaded and isinstance(self.queries, QueryPool):
+            # Other queries than those of a run that went on from the same place.
+            self._renew_key()
+        self._was_loaded = False
         self._make_learner().prepare()
         logits = tf.zeros([1, self.teacher.num_classes])
         labels = tf.zeros([1], tf.int32)
@@ -490,13 +529,35 @@ class DPTranscriber(keras.Model):
         if self._has_other_workers:
             check_equal(self.distribute_strategy, self._shared_state())
 
+    def _renew_key(self) -> None:
+        """A new key of the noise, the first worker's on all of them."""
+        strategy = self.distribute_strategy
+        parts = [secret_bytes() for _ in own_replicas(strategy)]
+        self.noise.renew(gather_parts(strategy, parts)[0])
+
+    def _check_ledger(self) -> None:
+        """Refuses weights that went through more than the ledger knows.
+
+        Raises:
+            RuntimeError: they are another transcriber's, or came without its ledger.
+        """
+        known = sum(entry.count for entry in self.ledger.entries)
+        made = int(self.releases.numpy())
+        if made > known:
+            raise RuntimeError(
+                f"These weights have gone through {made} releases and the ledger knows "
+                f"of {known}: they were taken from another transcriber, without its "
+                "ledger. Load what `save_checkpoint` or `save_weights` wrote."
+            )
+
     def _shared_state(self) -> dict[str, bytes]:
         """What must be the same on all workers."""
         state = {
             "mechanism or queries": repr((self.mechanism, self.queries)).encode(),
             "ledger": self.ledger.to_json().encode(),
+            "noise": b"".join(v.tobytes() for v in self.noise.state().values()),
         }
-        for name in ("noise", "student", "teacher"):
+        for name in ("student", "teacher"):
             weights = getattr(self, name).get_weights()
             state[name] = b"".join(np.asarray(w).tobytes() for w in weights)
         return state
@@ -516,21 +577,36 @@ class DPTranscriber(keras.Model):
         """Wraps Keras' train function: every call is accounted before it runs."""
         if self.train_function is not None and not force:
             return
-        traced: dict[bool, Any] = {}
+        traced: dict[tuple[bool, int], Any] = {}
 
         def accounted(iterator: Any) -> dict[str, Any]:
-            learner = self._make_learner()
-            if self.budget.spend(self.steps_per_execution):
-                cast(GradientLearner, learner).renew_pool(show=self._shows)
+            learner, steps = self._make_learner(), self.steps_per_execution
+            needs_pool = self.budget.spend(steps)
+            self.releases.assign(sum(entry.count for entry in self.ledger.entries))
+            if needs_pool:
+                self._fill_pool(cast(GradientLearner, learner))
             self.stop_training |= self.budget.is_spent
-            rests = learner.begin_steps(self.steps_per_execution)
-            if rests not in traced:
-                traced[rests] = self._traced_train_function()
+            # A traced function makes as many steps as were asked for at the time.
+            kind = learner.begin_steps(steps), steps
+            if kind not in traced:
+                traced[kind] = self._traced_train_function()
                 self.train_function = accounted
-            logs = traced[rests](iterator)
+            self._is_accounted = True
+            try:
+                logs = traced[kind](iterator)
+            finally:
+                self._is_accounted = False
             return {**logs, "epsilon": self.budget.epsilon_shown}
 
         self.train_function = accounted
+
+    def _fill_pool(self, learner: GradientLearner) -> None:
+        """New queries; a pool left half filled holds answers of the one before."""
+        try:
+            learner.renew_pool(show=self._shows)
+        except BaseException:
+            self.budget.close_pool()
+            raise
 
     def _traced_train_function(self) -> Any:
         """Keras' train function, not yet traced: it will hold what a step now does."""
@@ -549,7 +625,11 @@ class DPTranscriber(keras.Model):
         Returns:
             The statement, of the mechanism's unit. One that is inherited keeps the
             teacher's own delta and accountant.
+
+        Raises:
+            RuntimeError: the weights are another transcriber's, without its ledger.
         """
+        self._check_ledger()
         covered, not_covered = ["student"], ["teacher", "checkpoints (they hold keys)"]
         (covered if self.generator_covered else not_covered).append("generator")
         if isinstance(self.mechanism, Inherited):
@@ -627,11 +707,14 @@ class DPTranscriber(keras.Model):
         own = len(self._trainable_variables) + len(self._non_trainable_variables)
         super().load_own_variables({str(i): store[str(i)] for i in range(own)})
         state, budget = json.loads(as_text(store["state"])), self.budget
-        budget.ledger = Ledger.from_json(as_text(store["ledger"]))
-        budget.mechanism = type(self.mechanism).from_config(state["mechanism"])
+        budget.resume(
+            Ledger.from_json(as_text(store["ledger"])),
+            type(self.mechanism).from_config(state["mechanism"]),
+            pool_number=state["pool_number"],
+        )
         budget.delta, budget.accountant = state["delta"], state["accountant"]
-        budget.pool_number = state["pool_number"]
-        self.seed = state["seed"]
+        self.noise.seed = state["seed"]
+        self._was_loaded = True
         self._forget_run()
         weights = numbered(store, "teacher")
         if weights:
@@ -668,6 +751,15 @@ class DPTranscriber(keras.Model):
                 self.save(pathlib.Path(folder) / path.name)
 
 
+# What steps were traced with and what was checked when the transcriber was made.
+_FIXED = (
+    "teacher",
+    "student",
+    "second_student",
+    "generator",
+    "public_prior",
+    "generator_covered",
+)
 _SERIALIZED = ("student", "second_student", "generator", "public_prior")
 _PLAIN_ARGUMENTS = (
     "public_share",

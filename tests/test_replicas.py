@@ -58,7 +58,7 @@ def summary(model, history):
         "equal": all(np.array_equal(*p) for p in student),
         "finite": all(np.all(np.isfinite(p)) for p in student),
         "moved": float(np.abs(student[0][0] - start).max()),
-        "counter": [int(p) for p in parts(model.noise.counter.value)],
+        "counter": [int(p) for p in parts(model.noise.counter)],
         "releases": sum(e.count for e in model.ledger.entries),
         "epsilon": history["epsilon"][-1],
         "history": {k: [float(x) for x in v] for k, v in history.items()},

@@ -139,6 +139,18 @@ class Ledger:
         else:
             self._entries.append(Entry(spend, count))
 
+    def continues(self, earlier: "Ledger") -> bool:
+        """Whether this ledger begins with all that an earlier one holds."""
+        before = earlier.entries
+        if not before or len(self.entries) < len(before):
+            return not before
+        last, reached = before[-1], self.entries[len(before) - 1]
+        return (
+            self.entries[: len(before) - 1] == before[:-1]
+            and reached.spend == last.spend
+            and reached.count >= last.count
+        )
+
     def epsilon(self, *, unit: Unit, delta: float, accountant: str = "rdp") -> float:
         """Epsilon of everything recorded for one unit.
 

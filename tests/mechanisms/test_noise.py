@@ -159,3 +159,12 @@ def test_config_has_the_seed_and_not_the_key():
     assert "key" not in config
     copy = NoiseSource.from_config(config)
     assert np.array_equal(copy.key.numpy(), NoiseSource(9).key.numpy())
+
+
+def test_tails_reach_beyond_seven_deviations(monkeypatch):
+    def smallest(shape, *_):
+        return tf.zeros(shape, tf.int32)
+
+    monkeypatch.setattr(tf.random, "stateless_uniform", smallest)
+    drawn = NoiseSource(0).normal_like([tf.zeros([2])], number=tf.constant(0, tf.int64))
+    assert 7.0 < np.abs(drawn[0]).max() < 8.0

@@ -180,6 +180,17 @@ def test_epsilon_after_is_what_recording_gives_and_records_nothing():
         assert dry == response(wet)
 
 
+def test_a_ledger_continues_every_earlier_state_of_its_own_and_no_other():
+    one, two = spend(GAUSSIAN(1.0)), spend(GAUSSIAN(2.0))
+    states = [ledger_of(), ledger_of((one, 3)), ledger_of((one, 4))]
+    states += [ledger_of((one, 4), (two, 1)), ledger_of((one, 4), (two, 5))]
+    for late, ledger in enumerate(states):
+        for early, earlier in enumerate(states):
+            assert ledger.continues(earlier) == (late >= early)
+    assert not ledger_of((one, 5), (two, 5)).continues(states[-1])
+    assert not ledger_of((two, 9)).continues(ledger_of((one, 1)))
+
+
 def test_dry_runs_refuse_another_unit():
     other = spend(GAUSSIAN(4.0), unit=Unit.RECORD)
     with pytest.raises(ValueError, match="`unit`.*Unit.RECORD"):
