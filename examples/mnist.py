@@ -280,8 +280,8 @@ def private_teacher(
     kernel = kernel_for_domain(domain, dataset.image_shape)
     facts = (config.epsilon, config.delta, config.seed, settings, kernel)
     path = cached_path(config, dataset, facts)
-    cached = cached_teacher(path)
-    if cached is not None and cached.statement is not None:
+    cached = cached_teacher(path, private=True)
+    if cached is not None:
         return cached, "cached"
     print(
         f"Training a teacher on {dataset.name} ({dataset.source}) under differential "
@@ -309,13 +309,27 @@ def cached_path(config: ExampleConfig, dataset: ImageDataset, recipe: Any) -> Pa
     return Path(config.cache_dir) / "teachers" / name
 
 
-def cached_teacher(path: Path) -> dpt.Teacher | None:
-    """The teacher kept there, or None."""
+def cached_teacher(path: Path, *, private: bool = False) -> dpt.Teacher | None:
+    """The teacher kept there, or None.
+
+    Raises:
+        ValueError: a private teacher is damaged, or without its statement.
+    """
     if not path.exists():
         return None
     try:
-        return dpt.load_teacher(path)
-    except ValueError:
+        teacher = dpt.load_teacher(path)
+        if private and teacher.statement is None:
+            raise ValueError("The statement beside it is gone.")
+        return teacher
+    except ValueError as error:
+        if private:
+            mend = (
+                "Training another spends a second budget on the same records: remove "
+                f"the file if that is meant. ({error})"
+            )
+            expected = "a private teacher with its statement"
+            raise _validate.invalid("cache_dir", str(path), expected, mend) from error
         _LOGGER.warning("The cached teacher %s is damaged: training anew.", path)
         return None
 

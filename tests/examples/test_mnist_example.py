@@ -210,6 +210,10 @@ def test_a_private_teacher_gives_a_guarantee_for_people(config, small_teacher):
     assert kept.statement.epsilon == statement["epsilon"]
     other = dataclasses.replace(asked, epsilon=2.0)
     assert example.private_teacher(other, data)[1] == "trained"
+    for file in (Path(asked.cache_dir) / "teachers").glob("*.keras"):
+        file.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="a second budget on the same records"):
+        example.private_teacher(asked, data)
 
 
 def test_a_private_teacher_of_another_kernel_is_another_one(
@@ -223,7 +227,9 @@ def test_a_private_teacher_of_another_kernel_is_another_one(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(dpt, "fit_scattering_teacher", fit)
-    monkeypatch.setattr(example, "cached_teacher", places.append)
+    monkeypatch.setattr(
+        example, "cached_teacher", lambda path, **_: places.append(path)
+    )
     plain = ScatteringKernel(data.image_shape)
     for kernel in (plain, MirroredKernel(plain)):
         monkeypatch.setattr(example, "kernel_for_domain", lambda *_, k=kernel: k)
