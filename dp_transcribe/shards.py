@@ -134,14 +134,16 @@ def train_shard_teachers(
     resumed run gives the teachers of the uninterrupted one.
 
     Args:
-        model_fn: makes a member: features (or images) to logits. With `processes`
-            above one it must be importable, so no lambda.
+        model_fn: makes a new member: features (or images) to logits. With
+            `processes` above one it must be importable, so no lambda.
         dataset: private records `(inputs [n, ...], labels int [n])`, or a
             `tf.data.Dataset` of single `(input, label)` pairs in a fixed order.
         shards: number of teachers, K.
         features: a public model, images to features, applied once to all records.
         fit: trains a member in place, `fit(model, inputs, labels)`; by default
-            `ShardTraining()`.
+            `ShardTraining()`. One of your own gets a new model for each shard. It must
+            keep no state between shards, such as an optimizer's: a record would then
+            decide about more than one teacher.
         folder: where each teacher is kept in a file of its own as soon as it is
             trained; the same call goes on from there. None keeps nothing.
         processes: how many train at the same time.
@@ -152,11 +154,12 @@ def train_shard_teachers(
         The ensemble.
 
     Raises:
-        ValueError: an argument is out of range, or the folder holds teachers of
-            other records or settings.
+        ValueError: an argument is out of range, `model_fn` returns one model twice,
+            or the folder holds teachers of other records or settings.
 
     **Privacy**: none by itself: teachers and folder are as private as the records.
-    The number of records, the split and all settings must be public.
+    The number of records, the split and all settings must be public. Mechanisms count
+    on a record deciding about one teacher alone.
 
     References:
         PATE, arXiv:1610.05755, arXiv:1802.08908.
@@ -193,15 +196,27 @@ class _Job:
 
     def run(self, shards: Iterable[int]) -> None:
         """Trains the teachers of these shards, one after the other."""
-        keras.utils.set_random_seed(self.plan.seed)
-        model = self.model_fn()
+        model = self._member()
         first_weights = model.get_weights()
-        for shard in shards:
+        # Ours leave nothing behind in a model; what another leaves is not known.
+        renewed = type(self.fit) not in (RidgeFit, ShardTraining)
+        for number, shard in enumerate(shards):
+            if renewed and number:
+                model = self._member(former=model)
             rows = self.plan.indices(shard)
             keras.utils.set_random_seed(self.plan.seed + shard)
             model.set_weights(first_weights)
             self.fit(model, self.inputs[rows], self.labels[rows])
             _save(self.folder, shard, model)
+
+    def _member(self, former: keras.Model | None = None) -> keras.Model:
+        """A model of `model_fn` under the seed, which is not the former one."""
+        keras.utils.set_random_seed(self.plan.seed)
+        model = self.model_fn()
+        if model is former:
+            expected = "a function that makes a new model in each call"
+            raise _validate.invalid("model_fn", self.model_fn, expected)
+        return model
 
 
 def _train_all(job: _Job, shards: list[int], processes: int) -> None:

@@ -12,6 +12,7 @@ settings are to be chosen that way.
 
 import dataclasses
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -111,11 +112,15 @@ def private_features(
         return embed_in_batches(kernel, dataset.train_images)
     folder = _validate.writable_dir("cache_dir", cache_dir)
     tag = "-mirrored" if isinstance(kernel, MirroredKernel) else ""
-    path = folder / f"{dataset.name}-{dataset.source}-{FLAGS.kernel}{tag}.npy"
+    images = dataset.train_images
+    digest = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()[:12]
+    name = f"{dataset.name}-{dataset.source}-{FLAGS.kernel}{tag}-{digest}.npy"
+    path = folder / name
     if not path.exists():
-        everything = load_dataset(dataset.name, FLAGS.data_dir).train_images
-        np.save(path, embed_in_batches(kernel, everything))
-    return np.load(path, mmap_mode="r")[: len(dataset.train_images)]
+        partial = folder / f".partial-{os.getpid()}-{name}"
+        np.save(partial, embed_in_batches(kernel, images))
+        os.replace(partial, path)
+    return np.load(path, mmap_mode="r")
 
 
 def make_kernel(dataset: ImageDataset) -> Kernel:
@@ -251,7 +256,7 @@ def small_convnet(distilled: DistilledDataset) -> keras.Model:
 
 def convnet_accuracy(distilled: DistilledDataset, dataset: ImageDataset) -> float:
     """Accuracy of a small ConvNet that saw the distilled images alone."""
-    keras.utils.set_random_seed(FLAGS.seed or 0)
+    keras.utils.set_random_seed((FLAGS.seed or 0) % 2**32)
     shape = distilled.images.shape[1:]
     model = keras.Sequential(
         [
@@ -289,7 +294,7 @@ def taught_accuracy(
     The regression answers random images, as many as are wanted: all of it is computed
     from the distilled images, and nothing more is spent.
     """
-    keras.utils.set_random_seed(FLAGS.seed or 0)
+    keras.utils.set_random_seed((FLAGS.seed or 0) % 2**32)
     transcriber = dpt.transcribe_private_teacher(
         dpt.ridge_teacher(distilled, kernel),
         public_source(dataset),
@@ -312,7 +317,9 @@ def run() -> dict[str, Any]:
     """
     _validate.positive_finite("epsilon", FLAGS.epsilon)
     _validate.fraction_open("delta", FLAGS.delta)
-    default = f"output/distill-{FLAGS.dataset}-epsilon{FLAGS.epsilon:g}"
+    _validate.optional_seed("seed", FLAGS.seed)
+    way = FLAGS.route + ("-validate" if FLAGS.validate else "")
+    default = f"output/distill-{FLAGS.dataset}-{way}-epsilon{FLAGS.epsilon:g}"
     folder = _validate.writable_dir("output_dir", FLAGS.output_dir or default)
     watch = Stopwatch()
     dataset = load_dataset(FLAGS.dataset, FLAGS.data_dir)

@@ -57,7 +57,15 @@ def test_impossible_numbers_of_shards_are_refused(shards):
         ShardPlan(RECORDS, shards)
 
 
-@pytest.mark.parametrize("fit", [RidgeFit(), ShardTraining(epochs=2)])
+def compiled_once(model, inputs, labels):
+    """As a user writes it: Adam's moments stay in the model."""
+    if not model.compiled:
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.Adam(1e-2), loss)
+    model.fit(inputs, labels, epochs=2, verbose=0)
+
+
+@pytest.mark.parametrize("fit", [RidgeFit(), ShardTraining(epochs=2), compiled_once])
 def test_one_record_changes_one_teacher(fit):
     images, labels = private_data()
     other, record = images.copy(), 17
@@ -75,6 +83,26 @@ def test_one_record_changes_one_teacher(fit):
     ]
     (shard,) = changed
     assert record in ShardPlan(RECORDS, SHARDS).indices(shard)
+
+
+@pytest.mark.parametrize("fit, models", [(RidgeFit(), 1), (compiled_once, SHARDS)])
+def test_a_fit_that_may_keep_state_gets_a_new_model_for_each_shard(fit, models):
+    made = []
+
+    def new_member():
+        made.append(member())
+        return made[-1]
+
+    train_shard_teachers(new_member, private_data(), shards=SHARDS, fit=fit)
+    assert len(made) == models + 2  # one for its shapes, one for the ensemble
+
+
+def test_one_model_made_twice_is_refused():
+    model = member()
+    with pytest.raises(ValueError, match="model_fn"):
+        train_shard_teachers(
+            lambda: model, private_data(), shards=SHARDS, fit=compiled_once
+        )
 
 
 @dataclasses.dataclass(frozen=True)

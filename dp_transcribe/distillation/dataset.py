@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import io
 import os
 from pathlib import Path
 
@@ -12,7 +14,9 @@ import tensorflow as tf
 from dp_transcribe import _validate
 from dp_transcribe.privacy.statement import PrivacyStatement
 
-_ARRAYS, _STATEMENT = "distilled.npz", "statement.json"
+_ARRAYS, _STATEMENT, _TEXT = "distilled.npz", "statement.json", "statement.txt"
+# Which file the statement beside it belongs to.
+_DIGEST = "distilled_sha256"
 _BYTES = 255
 
 
@@ -58,6 +62,8 @@ class DistilledDataset:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes `distilled.npz`, `statement.json` and `statement.txt`.
 
+        `statement.json` names the SHA-256 of the file that it is of.
+
         Args:
             folder: made if it is missing.
 
@@ -65,15 +71,22 @@ class DistilledDataset:
             ValueError: the folder cannot be written to.
         """
         path = _validate.writable_dir("folder", folder)
+        # In this order a crash leaves images without a statement, never another's.
+        for name in (_STATEMENT, _TEXT):
+            (path / name).unlink(missing_ok=True)
+        partial = path / f".partial-{os.getpid()}-{_ARRAYS}"
         np.savez_compressed(
-            path / _ARRAYS,
+            partial,
             images=self.images,
             labels=self.labels,
             num_classes=self.num_classes,
         )
-        (path / _STATEMENT).write_text(self.statement.to_json(), encoding="utf-8")
-        text = self.statement.to_text()
-        (path / "statement.txt").write_text(text, encoding="utf-8")
+        digest = hashlib.sha256(partial.read_bytes()).hexdigest()
+        os.replace(partial, path / _ARRAYS)
+        details = {**self.statement.details, _DIGEST: digest}
+        statement = dataclasses.replace(self.statement, details=details)
+        (path / _TEXT).write_text(self.statement.to_text(), encoding="utf-8")
+        (path / _STATEMENT).write_text(statement.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> DistilledDataset:
@@ -87,15 +100,18 @@ class DistilledDataset:
 
         Raises:
             FileNotFoundError: a file is missing.
+            ValueError: the statement is malformed or of other images.
         """
         path = Path(folder)
-        statement = (path / _STATEMENT).read_text(encoding="utf-8")
-        with np.load(path / _ARRAYS) as arrays:
+        text = (path / _STATEMENT).read_text(encoding="utf-8")
+        content = (path / _ARRAYS).read_bytes()
+        statement = _statement_of(content, PrivacyStatement.from_json(text), path)
+        with np.load(io.BytesIO(content)) as arrays:
             return cls(
                 images=arrays["images"],
                 labels=arrays["labels"],
                 num_classes=int(arrays["num_classes"]),
-                statement=PrivacyStatement.from_json(statement),
+                statement=statement,
             )
 
     def save_grid(self, path: str | os.PathLike[str], *, columns: int = 10) -> None:
@@ -130,6 +146,19 @@ class DistilledDataset:
             span = max(float(np.ptp(image)), 1e-12)
             row[:, column] = (image - image.min()) / span
         return row.reshape(height, columns * width, colours)
+
+
+def _statement_of(
+    content: bytes, statement: PrivacyStatement, folder: Path
+) -> PrivacyStatement:
+    """The statement as it was before it was saved, refused if it is of other images."""
+    details = dict(statement.details)
+    digest = details.pop(_DIGEST, None)
+    if digest is not None and digest != hashlib.sha256(content).hexdigest():
+        mend = "One of them was overwritten: take those that were saved together."
+        expected = f"a folder whose {_STATEMENT} is of its {_ARRAYS}"
+        raise _validate.invalid("folder", str(folder), expected, mend)
+    return dataclasses.replace(statement, details=details)
 
 
 def balanced_labels(images_per_class: int, num_classes: int) -> np.ndarray:

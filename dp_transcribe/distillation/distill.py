@@ -30,6 +30,7 @@ from dp_transcribe.distillation.synthesis import (
     synthesize,
 )
 from dp_transcribe.distillation.whitening import PublicWhitening
+from dp_transcribe.generators.priors import DOMAINS
 
 _LOGGER = logging.getLogger(__name__)
 # The part of the seed that keeps whitening's images apart from synthesis'.
@@ -57,7 +58,11 @@ class Distillation:
         """Settings for images like those that `default_prior` draws for a domain.
 
         Photographs ("natural") teach more slowly. `kernel_for_domain` has the kernel.
+
+        Raises:
+            ValueError: the domain is not known.
         """
+        _validate.one_of("domain", domain, DOMAINS)
         if domain != "natural":
             return cls()
         return cls(training=LinearTraining(steps=60, learning_rate=20.0, l2_norm=0.3))
@@ -77,7 +82,11 @@ def kernel_for_domain(
 
     Returns:
         The kernel; for `distill`, wrap it in an `InterceptKernel`.
+
+    Raises:
+        ValueError: the domain is not known.
     """
+    _validate.one_of("domain", domain, DOMAINS)
     height, width, colours = image_shape
     kernel = ScatteringKernel((height, width, colours))
     return MirroredKernel(kernel) if domain == "natural" else kernel

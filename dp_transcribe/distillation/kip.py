@@ -31,6 +31,7 @@ from dp_transcribe.distillation.releases import (
     sum_event,
 )
 from dp_transcribe.distillation.ridge import centred_one_hot, ridge_solve
+from dp_transcribe.mechanisms.clipping.bound import Bound, zero_rows
 from dp_transcribe.privacy.calibration import noise_multiplier_for
 from dp_transcribe.privacy.ledger import Ledger
 from dp_transcribe.privacy.statement import PrivacyStatement
@@ -237,7 +238,8 @@ class DPKIP(keras.Model):
             gradient is bounded.
 
         **Privacy**: moves by at most `l2_norm` if one record is left out; a record
-        with a feature that is not finite, or above 1e6 in size, counts as zero.
+        with a feature that is not finite, or above 1e6 in size, counts as zero, and
+        so does one whose gradient is not finite.
         """
         plan, support = self.training_plan, self.kernel.embed(self.support.value)
         # Left in, a NaN would spread to the records that are differentiated with it.
@@ -322,17 +324,25 @@ class DPKIP(keras.Model):
     ) -> tf.Tensor:
         """Each record's gradient with respect to the embedded support.
 
-        The loss is half the mean square over the classes.
+        The loss is half the mean square over the classes. Each record is differentiated
+        by itself: a kernel may overflow for one, and a Jacobian of all losses would
+        multiply that by zero in the rows of the others, which is NaN.
 
         Returns:
             float32 `[records, support, features]`.
         """
-        with tf.GradientTape() as tape:
-            tape.watch(support)
-            gram = self.kernel.between(embedded, support)
-            residuals = gram @ self._coefficients(support) - targets
-            losses = 0.5 * tf.reduce_mean(residuals**2, axis=1)
-        return tape.jacobian(losses, support)
+
+        def alone(record: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
+            features, target = record
+            with tf.GradientTape() as tape:
+                tape.watch(support)
+                gram = self.kernel.between(features[None], support)
+                residuals = gram @ self._coefficients(support) - target
+                loss = 0.5 * tf.reduce_mean(residuals**2)
+            return tape.gradient(loss, support)
+
+        made = tf.TensorSpec(support.shape, support.dtype)
+        return tf.map_fn(alone, (embedded, targets), fn_output_signature=made)
 
     def _to_pixels(self, noisy: tf.Tensor) -> tf.Tensor:
         """Carries a released gradient back to the pixels, of the support's shape."""
@@ -370,10 +380,13 @@ def _all_steps(plan: KIPTraining, multiplier: float) -> dp_accounting.DpEvent:
 
 
 def _sum_clipped(gradients: tf.Tensor, l2_norm: float) -> tf.Tensor:
-    """Clips each record's gradient `[records, support, pixels]` and adds them up."""
-    finite = tf.reduce_all(tf.math.is_finite(gradients), axis=[1, 2], keepdims=True)
-    usable = tf.where(finite, gradients, 0.0)
-    return tf.reduce_sum(tf.clip_by_norm(usable, l2_norm, axes=[1, 2]), axis=0)
+    """Clips each record's gradient `[records, support, pixels]` and adds them up.
+
+    A gradient whose norm is not finite counts as zero.
+    """
+    squares = tf.reduce_sum(tf.square(gradients), axis=[1, 2])
+    usable = zero_rows(tf.math.is_finite(squares), gradients)
+    return tf.tensordot(Bound(l2_norm).factors(squares), usable, 1)
 
 
 def _refuse_records(support: np.ndarray, records: np.ndarray) -> None:

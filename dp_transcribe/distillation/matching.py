@@ -33,6 +33,7 @@ from dp_transcribe.distillation.synthesis import (
     margins,
     move_images,
 )
+from dp_transcribe.mechanisms.clipping.bound import Bound, zero_rows
 from dp_transcribe.privacy.calibration import noise_multiplier_for
 from dp_transcribe.privacy.statement import PrivacyStatement
 from dp_transcribe.students import conv_student
@@ -372,12 +373,14 @@ def class_sums(
         float32 `[classes, directions + 1]`: each record adds its coordinates, clipped
         to C, times the root of 1 - m, and C times the root of m.
 
-    **Privacy**: moves by at most C if one record is left out. A record with a NaN or
-    infinite coordinate adds nothing.
+    **Privacy**: moves by at most C if one record is left out. A record whose norm is
+    not finite in float32 adds nothing.
     """
-    usable = tf.reduce_all(tf.math.is_finite(coordinates), axis=1, keepdims=True)
-    clipped = tf.clip_by_norm(tf.where(usable, coordinates, 0.0), l2_norm, axes=[1])
-    counted = tf.cast(usable, tf.float32) * l2_norm
+    squares = tf.reduce_sum(tf.square(coordinates), axis=1)
+    usable = tf.math.is_finite(squares)
+    factors = Bound(l2_norm).factors(squares)[:, None]
+    clipped = factors * zero_rows(usable, coordinates)
+    counted = tf.cast(usable, tf.float32)[:, None] * l2_norm
     parts = [math.sqrt(1.0 - count_share) * clipped, math.sqrt(count_share) * counted]
     return tf.math.unsorted_segment_sum(tf.concat(parts, axis=1), labels, num_classes)
 

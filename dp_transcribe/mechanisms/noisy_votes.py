@@ -28,6 +28,9 @@ RELEASES = ("votes", "label")
 # Below this noise, relative to the number of teachers, the likelihood is taken as if
 # the votes were noisier: a split vote lies between two classes.
 _LEAST_NOISE = 0.25
+# What tells the check's stream from that of the votes: the highest bit of a key's first
+# word, which no part or purpose of `NoiseSource.stream` reaches.
+_CHECK = 1 << 62
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,7 +175,7 @@ class NoisyVotes(AnswerMechanism):
         if self.released == "label":
             best = tf.argmax(tf.where(keep > 0, noisy, -math.inf), -1)
             noisy = tf.one_hot(best, counts.shape[-1]) * float(self.num_teachers)
-        answered = self.passes(counts, tf.random.fold_in(seed, 1))[:, None]
+        answered = self.passes(counts, check_seed(seed))[:, None]
         share = noisy / float(self.num_teachers)
         return Released(share * answered, keep * answered)
 
@@ -211,6 +214,21 @@ class NoisyVotes(AnswerMechanism):
         spread = max(self.stddev, _LEAST_NOISE * self.num_teachers) * math.sqrt(2.0)
         advantage = math.log(_above(ahead / spread) / _above(-ahead / spread))
         return released.answers * released.candidates * advantage
+
+
+def check_seed(seed: tf.Tensor) -> tf.Tensor:
+    """Seed of the check's noise, from that of the votes' noise.
+
+    Args:
+        seed: int64 `[2]`, as `NoiseSource.stream` returns it.
+
+    Returns:
+        int64 `[2]`, a stream that nothing else draws from.
+
+    **Privacy**: as secret as the seed given, none of whose bits is lost. No draw of
+    the votes' noise tells it.
+    """
+    return tf.bitwise.bitwise_xor(seed, tf.constant([_CHECK, 0], tf.int64))
 
 
 def answer_confidently(

@@ -1,5 +1,8 @@
 """From private images to distilled ones, end to end, and the result object."""
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -22,7 +25,7 @@ from dp_transcribe.distillation import (
     kernel_for_domain,
 )
 from dp_transcribe.distillation.distill import public_whitening
-from dp_transcribe.privacy import Unit
+from dp_transcribe.privacy import PrivacyStatement, Unit
 from tests.distillation.bars import Bars
 
 KERNEL = ScatteringKernel((8, 8, 1), groups=1, scale=1, orientations=4)
@@ -83,6 +86,54 @@ def test_save_and_load_give_the_same(distilled, tmp_path):
     assert grid.shape == (2 * 8, 10 * 8, 1)
     assert "RECORD" in (tmp_path / "statement.txt").read_text()
     assert len(list(loaded.to_tf_dataset())) == len(loaded) == 4
+
+
+def other_release(distilled):
+    """Other images under a weaker guarantee."""
+    statement = dataclasses.replace(distilled.statement, epsilon=10.0)
+    images = 1.0 - distilled.images
+    return dataclasses.replace(distilled, images=images, statement=statement)
+
+
+@pytest.mark.parametrize("write", ["np.savez_compressed", "os.replace", "write_text"])
+def test_a_crash_leaves_no_images_beside_an_older_statement(
+    distilled, tmp_path, monkeypatch, write
+):
+    distilled.save(tmp_path)
+
+    def crash(*_, **__):
+        raise KeyboardInterrupt
+
+    if write == "write_text":
+        monkeypatch.setattr(Path, write, crash)
+    else:
+        monkeypatch.setattr(f"dp_transcribe.distillation.dataset.{write}", crash)
+    with pytest.raises(KeyboardInterrupt):
+        other_release(distilled).save(tmp_path)
+    monkeypatch.undo()
+    assert not list(tmp_path.glob("statement.*"))
+    with pytest.raises(FileNotFoundError):
+        DistilledDataset.load(tmp_path)
+    other_release(distilled).save(tmp_path)
+    assert DistilledDataset.load(tmp_path).statement.epsilon == 10.0
+
+
+def test_a_statement_of_other_images_is_refused(distilled, tmp_path):
+    distilled.save(tmp_path / "one")
+    other_release(distilled).save(tmp_path / "two")
+    content = (tmp_path / "two" / "distilled.npz").read_bytes()
+    (tmp_path / "one" / "distilled.npz").write_bytes(content)
+    with pytest.raises(ValueError, match="`folder`.*overwritten"):
+        DistilledDataset.load(tmp_path / "one")
+
+
+def test_a_folder_without_a_digest_is_loaded(distilled, tmp_path):
+    distilled.save(tmp_path)
+    path = tmp_path / "statement.json"
+    saved = PrivacyStatement.from_json(path.read_text())
+    assert len(saved.details["distilled_sha256"]) == 64
+    path.write_text(distilled.statement.to_json())
+    assert DistilledDataset.load(tmp_path).statement == distilled.statement
 
 
 def test_a_mirrored_embedding_does_not_tell_left_from_right():

@@ -1,5 +1,7 @@
 """DP-KIP: per-record gradients, their bound, the ledger and learning."""
 
+import dataclasses
+
 import dp_accounting
 import numpy as np
 import pytest
@@ -7,12 +9,14 @@ import tensorflow as tf
 
 from dp_transcribe.distillation import (
     DPKIP,
+    Kernel,
     KernelRidgeClassifier,
     KIPTraining,
     NTKKernel,
     RBFKernel,
     ScatteringKernel,
 )
+from dp_transcribe.distillation.kip import _sum_clipped
 from dp_transcribe.distillation.ridge import centred_one_hot, ridge_solve
 from dp_transcribe.privacy import Unit
 
@@ -118,6 +122,43 @@ def test_a_record_that_is_not_finite_counts_as_zero():
     embedded[0, 2] = np.nan
     summed = model.clipped_gradient_sum(embedded, labels)
     np.testing.assert_allclose(summed, expected, atol=1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Powers(Kernel):
+    """A user's kernel, which overflows for large records."""
+
+    embeds_identically = True
+
+    def embed(self, inputs):
+        return tf.cast(inputs, tf.float32)
+
+    def between(self, left, right):
+        return (tf.matmul(left, right, transpose_b=True) + 1.0) ** 8
+
+
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e4, 1e5, 1e6])
+def test_a_record_that_overflows_a_kernel_leaves_the_others_alone(size):
+    rng, plan = np.random.default_rng(0), KIPTraining(l2_norm=0.01)
+    model = DPKIP(Powers(), rng.normal(size=(4, 5)), 2, plan)
+    records = np.repeat(rng.normal(size=(1, 5)), 64, axis=0).astype(np.float32)
+    labels = np.zeros(64, int)
+    without = model.clipped_gradient_sum(records[:63], labels[:63]).numpy()
+    assert np.linalg.norm(without) > 0.1
+    records[63] = size
+    whole = model.clipped_gradient_sum(records, labels).numpy()
+    assert np.linalg.norm(whole - without) <= 0.01 * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("size", [1e-3, 4.0, 1e10, 1e19, 1e38, 3e38, np.inf, np.nan])
+def test_a_large_gradient_is_clipped_or_dropped(size):
+    gradients = np.full((2, 3, 4), 0.1, np.float32)
+    rest = _sum_clipped(tf.constant(gradients[1:]), 5.0)
+    gradients[0, 0, 0] = size
+    moved = np.linalg.norm(_sum_clipped(tf.constant(gradients), 5.0) - rest)
+    assert moved <= 5.0 * (1 + 1e-5)
+    if 5.0 < size < 1e19:
+        assert moved == pytest.approx(5.0, rel=1e-5)
 
 
 def test_no_records_give_a_zero_sum():

@@ -86,6 +86,16 @@ def test_leaving_one_record_out_moves_the_sums_by_at_most_the_bound(size):
         np.testing.assert_allclose(moved, 0.7, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("size", "moves"), [(1e18, 5.0), (1e38, 0.0), (3e38, 0.0)])
+def test_a_bound_above_one_holds_for_the_largest_coordinates(size, moves):
+    rows = np.full((2, 4), 0.1, np.float32)
+    labels, bounds = np.zeros(2, np.int32), {**SUMS, "l2_norm": 5.0}
+    rest = class_sums(rows[1:], labels[1:], **bounds)
+    rows[0, 0] = size
+    moved = np.linalg.norm(class_sums(rows, labels, **bounds) - rest)
+    assert moved == pytest.approx(moves, rel=1e-5)
+
+
 def test_sums_are_those_of_the_classes():
     rows = np.array([[0.1, 0.2], [0.3, -0.1], [0.2, 0.2]], np.float32)
     sums = class_sums(rows, np.array([2, 0, 2], np.int32), **SUMS)

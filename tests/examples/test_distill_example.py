@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import json
 import sys
@@ -17,6 +18,7 @@ from dp_transcribe.distillation import (
     DistilledDataset,
     InterceptKernel,
     MirroredKernel,
+    RBFKernel,
     ScatteringKernel,
 )
 
@@ -201,7 +203,42 @@ def test_one_kernel_distils_and_classifies(
     assert used["distils"] == InterceptKernel(inner)
     assert used["classifies"] is used["distils"]
     (kept,) = (tmp_path / "cache").iterdir()
-    assert kept.name == f"{name}-made-scattering{tag}.npy"
+    digest = hashlib.sha256(dataset.train_images.tobytes()).hexdigest()[:12]
+    assert kept.name == f"{name}-made-scattering{tag}-{digest}.npy"
+
+
+def test_kept_features_are_of_the_images_at_hand(configure, monkeypatch, tmp_path):
+    configure(example, "--kernel=rbf")
+    embed = mock.Mock(side_effect=lambda _, images: images.reshape(len(images), -1))
+    monkeypatch.setattr(example, "embed_in_batches", embed)
+    # The first record has withdrawn, and the labels moved up with the images.
+    rest = dataclasses.replace(
+        DATASET,
+        train_images=DATASET.train_images[1:],
+        train_labels=DATASET.train_labels[1:],
+    )
+    for dataset in (DATASET, rest, DATASET, example.hold_out(DATASET)):
+        monkeypatch.setattr(example, "load_dataset", lambda *_, d=dataset: d)
+        kept = example.private_features(dataset, RBFKernel(), str(tmp_path))
+        images = dataset.train_images
+        np.testing.assert_array_equal(kept, images.reshape(len(images), -1))
+    assert embed.call_count == len(list(tmp_path.iterdir())) == 3
+
+
+def test_features_are_never_kept_in_part(configure, monkeypatch, tmp_path):
+    configure(example, "--kernel=rbf")
+
+    def half(path, array):
+        Path(path).write_bytes(array.tobytes()[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(example.np, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        example.private_features(DATASET, RBFKernel(), str(tmp_path))
+    monkeypatch.undo()
+    configure(example, "--kernel=rbf")
+    kept = example.private_features(DATASET, RBFKernel(), str(tmp_path))
+    assert len(kept) == len(DATASET.train_images)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from scipy import stats
 
 from dp_transcribe.mechanisms import NoisyVotes
 from dp_transcribe.mechanisms.base import Released
-from dp_transcribe.mechanisms.noise import NoiseSource
-from dp_transcribe.mechanisms.noisy_votes import answer_confidently
+from dp_transcribe.mechanisms.noise import ANSWERS, NoiseSource, standard_normal
+from dp_transcribe.mechanisms.noisy_votes import answer_confidently, check_seed
 from dp_transcribe.privacy.events import leaves
 from dp_transcribe.privacy.ledger import Ledger
 from dp_transcribe.privacy.units import Relation, Unit
@@ -125,6 +125,49 @@ def test_a_check_costs_an_event_of_its_own():
     assert sorted(gaussians) == [10.0, 30.0]
     assert mechanism.threshold_stddev == pytest.approx(30.0)
     assert mechanism.stddev == pytest.approx(10.0 * math.sqrt(2))
+
+
+def test_the_check_has_a_seed_of_126_bits_that_no_vote_noise_tells(monkeypatch):
+    used = []
+    monkeypatch.setattr(
+        NoisyVotes, "passes", lambda _, counts, seed: used.append(seed) or counts[:, 0]
+    )
+    source = NoiseSource(None)
+    seed = source.stream(source.advance(), ANSWERS)
+    mechanism = NoisyVotes(num_teachers=TEACHERS, noise_multiplier=1.0, threshold=9.0)
+    release(mechanism, shares(votes(64)), seed=seed)
+    (check,) = used
+    assert check.dtype == tf.int64
+    bits = [
+        tf.random.stateless_uniform([10_000], seed, None, None, kind).numpy()
+        for kind in (tf.int32, tf.int64)
+    ]
+    assert not np.intersect1d(check, np.concatenate(bits)).size
+    # Nothing of the key is lost: both words lead back to the seed.
+    np.testing.assert_array_equal(check_seed(check), seed)
+    assert np.all(check.numpy() >= 0) and np.any(check.numpy() != seed.numpy())
+
+
+def test_no_replica_draws_from_the_stream_of_a_check():
+    source = NoiseSource(5)
+    streams = {
+        tuple(source.stream(number, purpose, part=part).numpy())
+        for number in range(3)
+        for purpose in range(4)
+        for part in (*range(20), 10**6)
+    }
+    checks = {tuple(check_seed(tf.constant(s, tf.int64)).numpy()) for s in streams}
+    assert len(checks) == len(streams) and not checks & streams
+
+
+def test_the_noise_of_the_check_is_independent_of_that_of_the_votes():
+    source, pairs = NoiseSource(5), []
+    for number in range(200):
+        seed = source.stream(tf.constant(number, tf.int64), ANSWERS)
+        noise = standard_normal([50, CLASSES], seed)
+        pairs.append(np.c_[standard_normal([50], check_seed(seed)), noise])
+    correlations = np.corrcoef(np.concatenate(pairs), rowvar=False)[0, 1:]
+    assert np.abs(correlations).max() < 4.5 / math.sqrt(200 * 50)
 
 
 def test_confident_answers_are_recorded_exactly():
