@@ -134,7 +134,9 @@ def audit(config: AuditConfig) -> dict[str, Any]:
     folder = _validate.writable_dir("output_dir", config.output_dir)
     teacher = load_teacher(config.teacher)
     dataset = load_dataset(config.dataset, config.data_dir)
+    check_fits("teacher", teacher, dataset)
     student, statement = _student(config, teacher)
+    check_fits("student", student, dataset)
     audited = audit_claim(statement, config)
     models = {"teacher": teacher, "student": student}
     membership = {
@@ -147,6 +149,24 @@ def audit(config: AuditConfig) -> dict[str, Any]:
     )
     write_json(folder / "audit.json", report)
     return report
+
+
+def check_fits(name: str, model: Teacher, dataset: ImageDataset) -> None:
+    """Refuses a model of other images or classes than a data set's.
+
+    Args:
+        name: of the argument, for the error.
+        model: teacher or student.
+        dataset: the data set.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    wanted = (dataset.image_shape, dataset.num_classes)
+    if (model.input_shape, model.num_classes) != wanted:
+        received = f"input {model.input_shape}, {model.num_classes} classes"
+        expected = f"input {wanted[0]} and {wanted[1]} classes, as {dataset.name} has"
+        raise _validate.invalid(name, received, expected)
 
 
 def _student(config: AuditConfig, teacher: Teacher) -> tuple[Teacher, PrivacyStatement]:

@@ -10,6 +10,7 @@ import keras
 from dp_transcribe import _validate
 from dp_transcribe.losses.objective import GeneratorObjective
 from dp_transcribe.mechanisms.base import AnswerMechanism, GradientMechanism, Mechanism
+from dp_transcribe.mechanisms.clipping import check_sampled
 from dp_transcribe.mechanisms.inherited import Inherited
 from dp_transcribe.privacy.units import Unit
 from dp_transcribe.queries import FreshQueries, Queries, QueryPool
@@ -36,6 +37,23 @@ def check_dtype(policy: Any) -> None:
     if policy.compute_dtype == "float16":
         mend = "Use `keras.config.set_dtype_policy` with 'float32' or 'mixed_bfloat16'."
         raise _validate.invalid("dtype", policy.name, "no float16 policy", mend)
+
+
+def check_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
+    """Refuses one that divides noisy gradients by the scale of a loss nobody scaled."""
+    scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    if scales or getattr(optimizer, "loss_scale_factor", None):
+        mend = "Losses are not scaled here: take the optimizer itself."
+        expected = "an optimizer without loss scaling"
+        raise _validate.invalid("student_optimizer", optimizer, expected, mend)
+
+
+def check_learns(student: keras.Model) -> None:
+    """Refuses a student that would be paid for and learn nothing."""
+    if not student.trainable_variables:
+        mend = "Set `trainable` of the layers that are to learn."
+        expected = "a student with weights that learn"
+        raise _validate.invalid("student", student.name, expected, mend)
 
 
 def check_guidance(mechanism: Mechanism, generator_covered: bool) -> None:
@@ -98,8 +116,16 @@ def check_objective(
             raise _validate.invalid("objective", objective, expected)
 
 
-def check_queries(queries: Queries, mechanism: Mechanism, replicas: int) -> None:
-    """Refuses a sampler that the mechanism's cost is not stated for."""
+def check_queries(
+    queries: Queries,
+    mechanism: Mechanism,
+    replicas: int,
+    student: keras.Model | None = None,
+) -> None:
+    """Refuses a sampler that the mechanism's cost is not stated for.
+
+    Nor may a student whose random layers show which queries were sampled have a pool.
+    """
     _validate.instance_of("queries", queries, (FreshQueries, QueryPool))
     if isinstance(queries, QueryPool) and mechanism.unit is Unit.RECORD:
         mend = "Sampling queries hides no record: each can change every answer."
@@ -110,6 +136,9 @@ def check_queries(queries: Queries, mechanism: Mechanism, replicas: int) -> None
         mend = "It noises every answer by itself; use FreshQueries."
         expected = f"FreshQueries with {mechanism.name}"
         raise _validate.invalid("queries", queries, expected, mend)
+    if isinstance(queries, QueryPool) and student is not None:
+        mend = "Use FreshQueries, or a student without random layers."
+        check_sampled(student, mend)
     for name in ("batch_size", "size"):
         if getattr(queries, name, replicas) % replicas:
             expected = f"a multiple of the {replicas} replicas"

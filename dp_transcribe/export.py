@@ -203,7 +203,7 @@ def _statement_of(source: Any, statement: PrivacyStatement | None) -> PrivacySta
 @contextmanager
 def _replacing(path: Path, overwrite: bool) -> Iterator[Path]:
     """Yields a folder beside `path` that takes its place when the block succeeds."""
-    _check_target(path, overwrite)
+    check_target(path, overwrite=overwrite)
     _validate.writable_dir("path", path.parent)
     # The names are no integers, so TensorFlow Serving never takes one for a version.
     stem = f".{path.name}.{secrets.token_hex(4)}"
@@ -230,8 +230,16 @@ def _swap(draft: Path, path: Path, former: Path) -> None:
     shutil.rmtree(former)
 
 
-def _check_target(path: Path, overwrite: bool) -> None:
-    """Refuses to replace anything but an empty folder or, if asked to, an export."""
+def check_target(path: Path, *, overwrite: bool) -> None:
+    """Refuses to replace anything but an empty folder or, if asked to, an export.
+
+    Args:
+        path: where an export is to go.
+        overwrite: whether a former one may be replaced.
+
+    Raises:
+        ValueError: something else is there, or may not be written.
+    """
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     expected = "a new or empty folder"

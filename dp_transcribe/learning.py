@@ -432,7 +432,7 @@ class AnswerLearner(Learner):
         variables = student.trainable_variables
         gradients = tape.gradient(loss, variables)
         scale = 1.0 / self.replicas
-        optimizer.apply([g * scale for g in gradients], variables)
+        optimizer.apply([g * scale for g in dense(gradients, variables)], variables)
         return loss
 
     def _loss(
@@ -453,6 +453,14 @@ def make_learner(owner: DPTranscriber) -> GradientLearner | AnswerLearner:
     if isinstance(owner.mechanism, GradientMechanism):
         return GradientLearner(owner)
     raise TypeError(f"No way to learn from {owner.mechanism!r} is known.")
+
+
+def dense(gradients: list[Any], variables: list[Any]) -> list[tf.Tensor]:
+    """Gradients as tensors: an embedding's come as slices, and none is zero."""
+    return [
+        tf.zeros(variable.shape) if gradient is None else tf.convert_to_tensor(gradient)
+        for gradient, variable in zip(gradients, variables, strict=True)
+    ]
 
 
 def replica_index() -> tf.Tensor:

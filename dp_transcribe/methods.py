@@ -166,6 +166,7 @@ def srr(
     References:
         arXiv:2409.12384; randomised response of arXiv:2102.06062.
     """
+    teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
     generator = generator or _pretrained(teacher, prior, seed)
     pretrain_by_teacher(generator, teacher, steps=PRETRAINING_STEPS, seed=seed or 0)
     return _by_answers(
@@ -221,12 +222,13 @@ def dpsd(
         "data": NoisyAnswer(smoothing=NOISY_SMOOTHING),
         "label": SelectiveRandomizedResponse(smoothing=SMOOTHING),
     }
+    mechanism = mechanisms[_validate.one_of("protect", protect, mechanisms)]
     return _by_answers(
         teacher,
         prior,
         student,
         generator or _pretrained(teacher, prior, seed),
-        mechanisms[_validate.one_of("protect", protect, mechanisms)],
+        mechanism,
         schedule=(epochs, steps_per_epoch),
         weight_decay=WEIGHT_DECAY,
         # Fewer candidates make a label far clearer, a noisy answer hardly.

@@ -78,7 +78,8 @@ def finalize(transcriber: DPTranscriber) -> None:
 class Recorder(keras.callbacks.Callback):
     """Notes after each epoch how the student does and keeps a checkpoint.
 
-    An epoch that is shorter than ten times the last saving is not saved.
+    An epoch that is shorter than ten times the last saving is not saved, unless it is
+    the last one.
 
     Args:
         images: float32 `[n, height, width, channels]`, only to be measured on: the
@@ -135,7 +136,10 @@ class Recorder(keras.callbacks.Callback):
         self.history["epoch"].append(epoch + 1)
         for name in MEASURED:
             self.history[name].append(_plain(logs.get(name)))
-        if time.monotonic() - self._saved_at >= SAVING_INTERVAL * self._saving_took:
+        planned = (self.params or {}).get("epochs", math.inf)
+        last = epoch + 1 >= planned or self.model.stop_training
+        due = self._saved_at + SAVING_INTERVAL * self._saving_took
+        if last or time.monotonic() >= due:
             self.save()
 
     def save(self) -> None:
@@ -144,7 +148,6 @@ class Recorder(keras.callbacks.Callback):
             return
         started = time.monotonic()
         self.model.save_checkpoint(self.folder / CHECKPOINT)
-        os.chmod(self.folder / CHECKPOINT, 0o600)
         progress = {
             "facts": self.facts,
             "history": self.history,
@@ -178,7 +181,10 @@ def load_checkpoint(folder: Path) -> tuple[DPTranscriber, dict[str, Any]]:
         raise _validate.invalid("folder", str(folder), expected, mend)
     try:
         progress = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-        return keras.saving.load_model(folder / CHECKPOINT), progress
+        if {*progress} != {"facts", "history", "seconds"}:
+            raise ValueError(f"{PROGRESS} is not a recorder's")
+        transcriber = keras.saving.load_model(folder / CHECKPOINT)
+        return _validate.instance_of(CHECKPOINT, transcriber, DPTranscriber), progress
     except Exception as error:  # the readers raise a dozen unrelated types
         mend = f"Start anew ({error})."
         raise _validate.invalid("folder", str(folder), expected, mend) from error

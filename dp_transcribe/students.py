@@ -6,8 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from dp_transcribe._validate import instance_of, invalid, one_of, positive_int
+
+# Fewer numbers may be equal by chance, or by the same initial values.
+_FEWEST = 16
 
 
 def lenet_student(
@@ -135,6 +139,10 @@ def replace_batch_norm(model: keras.Model, groups: int = 8) -> keras.Model:
     Returns:
         A new model. All other layers have copies of the old weights; scale and offset
         of the new layers start at 1 and 0, so it must be trained again.
+
+    **Privacy**: weights are copied as they are. A student made of the teacher's own
+    model starts with the teacher's private weights, and a transcriber refuses it;
+    make it of an untrained one, for example `keras.models.clone_model(model)`.
     """
     instance_of("model", model, keras.Model)
     groups = positive_int("groups", groups)
@@ -242,10 +250,11 @@ def check_student(student: keras.Model, teacher: Any) -> None:
     Raises:
         ValueError: if the student has batch normalisation, a float16 policy, another
             input shape or number of classes than the teacher, or weights of the
-            teacher's.
+            teacher's, shared or copied.
 
-    **Privacy**: batch normalisation, float16 and shared weights would each break the
-    guarantee; all are refused before anything is spent.
+    **Privacy**: batch normalisation, float16 and weights of the teacher's would each
+    break the guarantee; all are refused before anything is spent. Copies are known by
+    equal values: weights that were scaled, cut or trained on are not.
     """
     instance_of("student", student, keras.Model)
     _check_shapes(student, teacher)
@@ -302,11 +311,56 @@ def _check_dtypes(student: keras.Model) -> None:
 
 def _check_own_weights(student: keras.Model, teacher: Any) -> None:
     model = getattr(teacher, "model", None)
-    if model is None:
-        return
-    private = {id(variable) for variable in model.variables}
+    private = set() if model is None else {id(v) for v in model.variables}
     shared = [v.path for v in student.variables if id(v) in private]
     if shared:
         mend = "Clone the layers; their private values would be released as they are."
         expected = "a student that shares no weights with the teacher"
         raise invalid("student", shared, expected, mend)
+    weights = _weights_by_shape(teacher)
+    copied = [v.path for v in student.variables if _is_copy(v, weights)]
+    if copied:
+        mend = "Start it anew: private values would be released as they are."
+        expected = "a student whose weights are not the teacher's"
+        raise invalid("student", copied, expected, mend)
+
+
+_Weights = dict[tuple[int, ...], list[tuple[np.ndarray, bool]]]
+
+
+def _weights_by_shape(teacher: Any) -> _Weights:
+    """Values of a Keras teacher's weights, or of all of an ensemble's members.
+
+    With each goes whether it may be public, such as fixed filters: it is frozen, and
+    others beside it are not.
+    """
+    member = getattr(teacher, "member", None)
+    model = getattr(teacher, "model", None) if member is None else member
+    if model is None:
+        return {}
+    learnt, frozen = model.trainable_variables, model.non_trainable_variables
+    variables = [*learnt, *frozen]
+    if member is None:
+        values: Any = [[keras.ops.convert_to_numpy(v)] for v in variables]
+    else:
+        # One array for each variable, whose first axis is that of the teachers.
+        values = teacher.get_weights()[: len(variables)]
+    found: _Weights = {}
+    for number, arrays in enumerate(values):
+        may_be_public = 0 < len(learnt) <= number
+        for array in arrays:
+            found.setdefault(array.shape, []).append((array, may_be_public))
+    return found
+
+
+def _is_copy(variable: Any, weights: _Weights) -> bool:
+    """Whether a student's variable holds the same numbers as one of the teacher's."""
+    candidates = weights.get(tuple(variable.shape), [])
+    value = keras.ops.convert_to_numpy(variable) if candidates else np.zeros(0)
+    if value.size < _FEWEST or np.all(value == value.flat[0]):
+        return False
+    return any(
+        np.array_equal(value, array.astype(value.dtype))
+        for array, may_be_public in candidates
+        if variable.trainable or not may_be_public
+    )

@@ -38,7 +38,8 @@ class Teacher:
 
     Args:
         model: A Keras model, the path of a `.keras` file or SavedModel, or a callable
-            `images [batch, h, w, c] -> [batch, classes]`.
+            `images [batch, h, w, c] -> [batch, classes]` of TensorFlow operations
+            (others in `tf.numpy_function`).
         outputs: `"logits"` or `"probabilities"`. By default found out on a batch of
             random images: rows in 0..1 that sum to 1 are probabilities.
         input_shape: Shape of one input, `(height, width, channels)`. Needed for a

@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import keras
@@ -21,6 +21,7 @@ from dp_transcribe.learning import (
     AnswerLearner,
     GradientLearner,
     as_int32,
+    dense,
     make_learner,
 )
 from dp_transcribe.losses.objective import GeneratorObjective
@@ -259,6 +260,7 @@ class DPTranscriber(keras.Model):
     def _check_parts(self) -> None:
         check_student(self.student, self.teacher)
         check_clippable(self.student)
+        compatibility.check_learns(self.student)
         compatibility.check_dtype(self.dtype_policy)
         self.mechanism.check(self.teacher.num_classes)
         self.mechanism.check_teacher(self.teacher)
@@ -273,7 +275,9 @@ class DPTranscriber(keras.Model):
             )
         for name in ("generator", "public_prior"):
             compatibility.check_source(name, getattr(self, name), self.teacher)
-        compatibility.check_queries(self.queries, self.mechanism, self._num_replicas)
+        compatibility.check_queries(
+            self.queries, self.mechanism, self._num_replicas, self.student
+        )
         classes = getattr(self.generator, "num_classes", None)
         if classes not in (None, self.teacher.num_classes):
             expected = f"{self.teacher.num_classes} classes, as the teacher has"
@@ -303,7 +307,16 @@ class DPTranscriber(keras.Model):
             metrics: of `evaluate` and validation, for example `["accuracy"]`.
             **kwargs: passed to `keras.Model.compile`. XLA is off on CPUs by default,
                 where it makes convolutions several times slower.
+
+        Raises:
+            ValueError: the optimizer scales losses, or `optimizer` is given: there are
+                two of them.
         """
+        if "optimizer" in kwargs:
+            expected = "`student_optimizer`, and `generator_optimizer` if it learns"
+            raise _validate.invalid("optimizer", kwargs["optimizer"], expected)
+        student_optimizer = keras.optimizers.get(student_optimizer)
+        compatibility.check_optimizer(student_optimizer)
         if loss is None:
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         if not tf.config.list_physical_devices("GPU"):
@@ -315,6 +328,20 @@ class DPTranscriber(keras.Model):
         self._compile_arguments = {"loss": loss, "metrics": metrics, **kwargs}
         self._local_student = LocalCopy(self.student, self._compile_arguments)
         self._build_optimizers()
+        self._follow_trainable()
+
+    def _follow_trainable(self) -> None:
+        """Makes another learner if other weights learn than when it was made."""
+        learner = self._learner
+        if learner is None:
+            return
+        learnt = {id(v) for v in learner.learns.trainable_variables}
+        if learnt == {id(v) for v in self.student.trainable_variables}:
+            return
+        kept = learner.get_replay() if isinstance(learner, AnswerLearner) else None
+        self._forget_run()
+        if kept is not None:
+            cast(AnswerLearner, self._make_learner()).set_replay(kept)
 
     def _build_optimizers(self) -> None:
         self.optimizer.build(self.student.trainable_variables)
@@ -412,7 +439,9 @@ class DPTranscriber(keras.Model):
             )
         gradients = tape.gradient(loss, variables)
         scale = 1.0 / self._num_replicas
-        self.generator_optimizer.apply([g * scale for g in gradients], variables)
+        self.generator_optimizer.apply(
+            [g * scale for g in dense(gradients, variables)], variables
+        )
         return loss
 
     def _read_teacher(self, images: tf.Tensor) -> dict[str, Any]:
@@ -491,6 +520,12 @@ class DPTranscriber(keras.Model):
         _validate.positive_int("steps_per_epoch", steps_per_epoch)
         if not self.compiled:
             raise ValueError("Call `compile` before `fit`.")
+        if data := _DATA & kwargs.keys():
+            expected = "none: `fit` makes its own queries"
+            raise _validate.invalid(
+                ", ".join(sorted(data)), "data or weights", expected
+            )
+        compatibility.check_learns(self.student)
         self._check_ledger()
         self.budget.plan(
             target_epsilon=target_epsilon,
@@ -522,9 +557,8 @@ class DPTranscriber(keras.Model):
         self._was_loaded = False
         self._make_learner().prepare()
         logits = tf.zeros([1, self.teacher.num_classes])
-        labels = tf.zeros([1], tf.int32)
-        self.compute_loss(y=labels, y_pred=logits)
-        self.compute_metrics(None, labels, logits)
+        _with_labels(logits, lambda y: self.compute_loss(y=y, y_pred=logits))
+        _with_labels(logits, lambda y: self.compute_metrics(None, y, logits))
         self.reset_metrics()
         if self._has_other_workers:
             check_equal(self.distribute_strategy, self._shared_state())
@@ -642,7 +676,7 @@ class DPTranscriber(keras.Model):
             self.ledger,
             unit=self.mechanism.unit,
             relation=self.mechanism.relation,
-            delta=delta or self.budget.terms["delta"],
+            delta=self.budget.terms["delta"] if delta is None else delta,
             accountant=accountant or self.budget.accountant,
             mechanism=self.mechanism.name,
             covered=covered,
@@ -681,7 +715,9 @@ class DPTranscriber(keras.Model):
         for name in ("mechanism", "queries", "objective"):
             config[name] = made_from(config[name])
         kind = TeacherEnsemble if "member" in config["teacher"] else Teacher
-        config["teacher"] = kind.from_config(config["teacher"])
+        teacher = config["teacher"] = kind.from_config(config["teacher"])
+        # Fresh weights may equal the student's, which would be taken for a copy.
+        teacher.set_weights([np.zeros_like(w) for w in teacher.get_weights()])
         return cls(**config)
 
     def save_own_variables(self, store: Any) -> None:
@@ -730,6 +766,14 @@ class DPTranscriber(keras.Model):
         if self.train_function is not None:
             self.make_train_function(force=True)
 
+    def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """As in Keras, to a `.keras` file; see `save_checkpoint`."""
+        if not str(filepath).endswith(".keras"):
+            mend = "Other formats hold neither ledger nor noise key."
+            expected = "a path that ends in .keras"
+            raise _validate.invalid("filepath", str(filepath), expected, mend)
+        super().save(filepath, *args, **kwargs)
+
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Saves everything to a `.keras` file that is never seen half written.
 
@@ -744,13 +788,25 @@ class DPTranscriber(keras.Model):
         path = pathlib.Path(path)
         if is_chief(self.distribute_strategy):
             partial = path.with_name(f".partial-{path.name}")
-            self.save(partial)
+            partial.unlink(missing_ok=True)
+            partial.touch(mode=0o600)  # before anything secret is in it
+            self.save(partial, overwrite=True)
             os.replace(partial, path)
         else:
             with tempfile.TemporaryDirectory() as folder:
                 self.save(pathlib.Path(folder) / path.name)
 
 
+def _with_labels(logits: tf.Tensor, call: Callable[[tf.Tensor], Any]) -> None:
+    """Calls with a label as a number or, where that does not do, as a one-hot row."""
+    try:
+        call(tf.zeros([1], tf.int32))
+    except (ValueError, TypeError, tf.errors.InvalidArgumentError):
+        call(tf.one_hot([0], logits.shape[-1]))
+
+
+# What Keras' `fit` takes and this one makes itself.
+_DATA = {"x", "y", "batch_size", "class_weight", "sample_weight", "validation_split"}
 # What steps were traced with and what was checked when the transcriber was made.
 _FIXED = (
     "teacher",

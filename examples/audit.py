@@ -235,7 +235,7 @@ def run() -> dict[str, Any]:
     folder = _validate.writable_dir("output_dir", FLAGS.output_dir)
     dataset = shuffled(load_dataset(FLAGS.dataset, FLAGS.data_dir))
     if FLAGS.seed is not None:
-        keras.utils.set_random_seed(FLAGS.seed)
+        keras.utils.set_random_seed(FLAGS.seed % 2**32)
     count = FLAGS.train_images
     model = overfit(
         dataset.train_images[:count], dataset.train_labels[:count], dataset.num_classes

@@ -179,12 +179,14 @@ def main(argv: list[str]) -> None:
     if FLAGS.workers and "TF_CONFIG" not in os.environ:
         sys.exit(start_workers(FLAGS.workers, sys.argv[1:]))
     strategy = make_strategy()
-    data = load_dataset("mnist", FLAGS.data_dir)
-    Path(FLAGS.output_dir).mkdir(parents=True, exist_ok=True)
     try:
+        data = load_dataset("mnist", FLAGS.data_dir)
+        Path(FLAGS.output_dir).mkdir(parents=True, exist_ok=True)
         transcriber = transcribe(strategy, data)
     except workers.WorkerLostError as error:
         sys.exit(f"{error}\nThe same command with --resume goes on.")
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
     if workers.is_chief(strategy):
         write_results(transcriber, data)
 

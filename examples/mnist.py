@@ -36,9 +36,11 @@ from absl import logging as absl_logging
 
 import dp_transcribe as dpt
 from dp_transcribe import _validate, reporting
+from dp_transcribe.cli import check_fits
 from dp_transcribe.data import DATASETS, PRIOR_DOMAINS, ImageDataset, load_dataset
 from dp_transcribe.distillation import Distillation, kernel_for_domain
 from dp_transcribe.distillation.features import scattering_features
+from dp_transcribe.export import check_target
 from dp_transcribe.generators.priors import default_prior
 from dp_transcribe.privacy.accounting import ACCOUNTANTS
 from dp_transcribe.shards import RidgeFit, linear_member
@@ -53,6 +55,7 @@ BUILDERS: dict[str, Callable[..., dpt.DPTranscriber]] = {
     "dpsd_label": functools.partial(dpt.dpsd, protect="label"),
 }
 UNITS = ("response", "record")
+STUDENT = Path("student", "1")  # the SavedModel, by its version
 # Up to which epsilon how many teachers; chosen on held-out training images.
 SHARDS = ((4.0, 1000), (float("inf"), 500))
 LEAST_IN_SHARD = 20
@@ -173,9 +176,16 @@ def run(config: ExampleConfig) -> dict[str, Any]:
     """
     with refusing():
         _validate.writable_dir("output_dir", config.folder)
+        if (config.folder / STUDENT.parent).exists():
+            _validate.writable_dir("output_dir", config.folder / STUDENT.parent)
+        check_target(config.folder / STUDENT, overwrite=True)
         run = resume(config) if config.resume else begin(config)
     interrupted = transcribe(run)
-    return write_results(config.folder, run, interrupted=interrupted)
+    try:
+        return write_results(config.folder, run, interrupted=interrupted)
+    except KeyboardInterrupt:
+        message = "Interrupted while results were written: with --resume they all are."
+        raise KeyboardInterrupt(message) from None
 
 
 def begin(config: ExampleConfig) -> Transcription:
@@ -194,15 +204,13 @@ def begin(config: ExampleConfig) -> Transcription:
         teacher, source = train(config, dataset)
     else:
         teacher, source = given, str(config.teacher)
-        check_teacher(teacher, dataset)
+        check_fits("teacher", teacher, dataset)
     trained = time.monotonic()
     transcriber = build(config, teacher)
     facts = {
         "config": dataclasses.asdict(config),
         "teacher": {"source": source, "seconds": trained - started},
     }
-    for name in (reporting.CHECKPOINT, reporting.PROGRESS):
-        (config.folder / name).unlink(missing_ok=True)
     seconds = time.monotonic() - trained
     return prepared(config, transcriber, dataset, facts=facts, seconds=seconds)
 
@@ -238,15 +246,6 @@ def prepared(
         dataset.test_images, dataset.test_labels, folder=folder, **progress
     )
     return Transcription(transcriber, dataset, recorder)
-
-
-def check_teacher(teacher: dpt.Teacher, dataset: ImageDataset) -> None:
-    """Refuses a teacher of other images or classes."""
-    wanted = (dataset.image_shape, dataset.num_classes)
-    if (teacher.input_shape, teacher.num_classes) != wanted:
-        received = f"input {teacher.input_shape}, {teacher.num_classes} classes"
-        expected = f"input {wanted[0]} and {wanted[1]} classes, as {dataset.name} has"
-        raise _validate.invalid("teacher", received, expected)
 
 
 def own_teacher(
@@ -423,7 +422,11 @@ def transcribe(run: Transcription) -> bool:
             initial_epoch=run.recorder.epochs_done,
             callbacks=[run.recorder],
         )
-    except dpt.BudgetExceededError as error:
+    except ValueError as error:
+        if transcriber.ledger.entries and not isinstance(
+            error, dpt.BudgetExceededError
+        ):
+            raise
         raise RefusedError(str(error)) from error
     except KeyboardInterrupt:
         if not transcriber.ledger.entries:
@@ -441,7 +444,7 @@ def write_results(folder: Path, run: Transcription, *, interrupted: bool) -> dic
     reporting.finalize(transcriber)
     statement = transcriber.privacy_statement()
     dpt.export_student(
-        transcriber, folder / "student" / "1", statement=statement, overwrite=True
+        transcriber, folder / STUDENT, statement=statement, overwrite=True
     )
     reporting.write_text(folder / "statement.txt", statement.to_text())
     report = make_report(run, statement, seconds=seconds, interrupted=interrupted)
@@ -518,8 +521,8 @@ def summary(report: dict[str, Any], folder: Path) -> str:
         f"  student  {student['test_accuracy']:7.2%}, and {student['agreement']:.2%} "
         "agreement with the teacher",
         f"Results: {folder}/ (report.json, statement.txt, samples.png, curve.png)",
-        f"Release: {folder}/student/1 and nothing else; checkpoint.keras holds the "
-        "teacher.",
+        f"Release: {folder / STUDENT} and nothing else; checkpoint.keras, if there is "
+        "one, holds the teacher.",
     ]
     if report["seed"] is not None:
         lines.append(f"NOT for release: the noise follows from seed {report['seed']}.")
@@ -591,8 +594,9 @@ def main(argv: list[str]) -> None:
         report = run(config)
     except RefusedError as error:
         refuse(str(error))
-    except KeyboardInterrupt:
-        print("\nInterrupted: nothing was released.", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        message = str(error) or "Interrupted: nothing was released."
+        print(f"\n{message}", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     print(f"\n{summary(report, config.folder)}")
     if report["interrupted"]:

@@ -104,7 +104,7 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """ROC-AUC and PR-AUC on the test rows of each classifier."""
     found = {}
-    for name, classifier in classifiers(FLAGS.seed or 0).items():
+    for name, classifier in classifiers((FLAGS.seed or 0) % 2**32).items():
         scores = classifier.fit(*train).predict_proba(test[0])[:, 1]
         found[name] = {
             "roc_auc": float(roc_auc_score(test[1], scores)),
@@ -121,6 +121,7 @@ def run() -> dict[str, Any]:
     """
     _validate.positive_finite("epsilon", FLAGS.epsilon)
     _validate.fraction_open("delta", FLAGS.delta)
+    _validate.optional_seed("seed", FLAGS.seed)
     folder = _validate.writable_dir("output_dir", FLAGS.output_dir)
     rows, labels = load_rows()
     for_test = np.arange(len(rows)) % 4 == 0
@@ -163,7 +164,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
         panel.set_title(title)
         panel.set_ylim(0, 1)
     axes[0].legend(loc="lower left")
-    figure.suptitle(f"Breast cancer, epsilon {report['statement']['epsilon']:.3g}")
+    epsilon = report["statement"]["epsilon"]
+    figure.suptitle(f"Breast cancer, epsilon {epsilon:.3g} per RECORD")
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)

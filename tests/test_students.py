@@ -2,6 +2,7 @@ import keras
 import numpy as np
 import pytest
 
+from dp_transcribe.ensembles import TeacherEnsemble
 from dp_transcribe.students import (
     batch_norm_layers,
     check_student,
@@ -12,6 +13,7 @@ from dp_transcribe.students import (
     split_frozen,
 )
 from dp_transcribe.teachers import Teacher
+from dp_transcribe.wavelets import wavelet_student
 
 layers = keras.layers
 SHAPE = (12, 12, 1)
@@ -123,6 +125,78 @@ def test_shared_weights_are_refused(teacher):
         check_student(student, teacher)
     with pytest.raises(ValueError, match="shares no weights"):
         check_student(teacher.model, teacher)
+
+
+def _copy(model):
+    copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    return copy
+
+
+def test_copies_of_the_teachers_weights_are_refused(teacher):
+    with pytest.raises(ValueError, match="not the teacher's.*dense"):
+        check_student(_copy(teacher.model), teacher)
+    inputs = keras.Input(SHAPE)
+    hidden = layers.Dense(8, trainable=False)
+    student = keras.Model(inputs, layers.Dense(4)(hidden(layers.Flatten()(inputs))))
+    check_student(student, teacher)
+    hidden.set_weights(teacher.model.layers[1].get_weights())
+    with pytest.raises(ValueError, match="Start it anew"):
+        check_student(student, teacher)
+
+
+def test_a_student_made_of_the_teacher_by_replace_batch_norm_is_refused():
+    model = _batch_norm_model()
+    with pytest.raises(ValueError, match="not the teacher's"):
+        check_student(replace_batch_norm(model), Teacher(model))
+    fresh = keras.models.clone_model(model)
+    check_student(replace_batch_norm(fresh), Teacher(model))
+
+
+def test_a_teacher_that_is_frozen_as_a_whole_is_compared_all_the_same():
+    model = mlp_student(SHAPE, 4, units=[8])
+    model.trainable = False
+    with pytest.raises(ValueError, match="not the teacher's"):
+        check_student(_copy(model), Teacher(model))
+
+
+def test_a_copy_in_bfloat16_is_known():
+    model = mlp_student(SHAPE, 4, units=[8])
+    parts = [layers.Flatten(), *(layers.Dense(n, dtype="bfloat16") for n in (8, 4))]
+    student = keras.Sequential([layers.Input(SHAPE), *parts])
+    check_student(student, Teacher(model))
+    student.set_weights(model.get_weights())
+    with pytest.raises(ValueError, match="not the teacher's"):
+        check_student(student, Teacher(model))
+
+
+def test_copies_of_one_member_of_an_ensemble_are_refused():
+    members = [mlp_student(SHAPE, 4, units=[8]) for _ in range(3)]
+    weights = zip(*(member.get_weights() for member in members), strict=True)
+    ensemble = TeacherEnsemble(members[0], [np.stack(one) for one in weights])
+    check_student(mlp_student(SHAPE, 4, units=[8]), ensemble)
+    with pytest.raises(ValueError, match="not the teacher's"):
+        check_student(_copy(members[2]), ensemble)
+
+
+def test_constants_and_frozen_filters_may_be_equal():
+    """Wavelets and whitening of public images, scales of 1 and offsets of 0."""
+    shape = (16, 16, 1)
+    images = np.random.default_rng(0).random((30, *shape), np.float32)
+
+    def made():
+        return wavelet_student(shape, 4, public_images=images, directions=20)
+
+    student, teacher = made(), made()
+    pairs = zip(student.get_weights(), teacher.get_weights(), strict=True)
+    assert sum(np.array_equal(own, private) for own, private in pairs) >= 8
+    check_student(student, Teacher(teacher))
+    check_student(conv_student(shape, 4), Teacher(conv_student(shape, 4)))
+
+
+def test_teachers_without_variables_are_not_compared():
+    model = mlp_student(SHAPE, 4, units=[8])
+    check_student(_copy(model), Teacher(lambda x: model(x), input_shape=SHAPE))
 
 
 def test_float16_is_refused_and_bfloat16_allowed(teacher):

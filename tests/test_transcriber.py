@@ -10,6 +10,7 @@ import tensorflow as tf
 import dp_transcribe as dpt
 from dp_transcribe.generators import MLPGenerator
 from dp_transcribe.mechanisms import (
+    NoisyAnswer,
     NormalizedGradient,
     RandomizedResponse,
 )
@@ -39,10 +40,11 @@ def test_agreement_with_answers_is_with_the_released_ones():
     """At a tiny epsilon even a perfect student agrees with one answer in ten."""
     model = tiny.transcriber(
         RandomizedResponse(epsilon=1e-3),
-        student=tiny.linear_model(5),
         queries=FreshQueries(batch_size=512),
         optimizer=keras.optimizers.SGD(0.0),
     )
+    # Put in afterwards: a student that begins with the teacher's weights is refused.
+    model.student.set_weights(tiny.linear_model(5).get_weights())
     assert 0.05 < fit(model).history["agreement"][0] < 0.16
 
 
@@ -197,3 +199,98 @@ def test_a_generator_the_teacher_guided_is_not_covered_and_not_exported(tmp_path
 
 def test_a_statement_before_any_release_says_zero():
     assert tiny.transcriber().privacy_statement().epsilon == 0.0
+
+
+# What Keras users expect of `compile`, `fit` and `save`.
+
+
+@pytest.mark.parametrize("kind", [NormalizedGradient, NoisyAnswer])
+def test_embeddings_and_idle_layers_may_be_in_the_student(kind):
+    inputs = keras.layers.Input(tiny.IMAGE)
+    codes = keras.layers.Flatten()(keras.ops.cast(inputs * 7.0, "int32"))
+    flat = keras.layers.Flatten()(keras.layers.Embedding(8, 3)(codes))
+    idle = keras.layers.Dense(10)(flat)
+    logits = keras.layers.Dense(10)(flat) + keras.ops.stop_gradient(idle)
+    student = keras.Model(inputs, logits)
+    before = [w.copy() for w in student.get_weights()]
+    model = tiny.transcriber(kind(noise_multiplier=2.0), student=student)
+    fit(model, 2)
+    assert not np.array_equal(student.get_weights()[0], before[0])
+
+
+def test_a_conditional_generator_learns():
+    generator = MLPGenerator(tiny.IMAGE, latent_dim=4, units=(8,), num_classes=10)
+    before = tiny.flat_weights(generator)
+    model = tiny.transcriber(generator=generator, generator_batch_size=8)
+    fit(model, 2)
+    assert not np.array_equal(tiny.flat_weights(generator), before)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"loss": "categorical_crossentropy"},
+        {"metrics": [keras.metrics.F1Score()]},
+        {"loss": keras.losses.CategoricalCrossentropy(from_logits=True)},
+    ],
+)
+def test_losses_and_metrics_of_one_hot_labels(arguments):
+    model = tiny.transcriber(compile_arguments=arguments)
+    images = np.zeros((4, *tiny.IMAGE), np.float32)
+    one_hot = np.eye(10, dtype=np.float32)[[1, 2, 3, 4]]
+    data = {} if "metrics" in arguments else {"validation_data": (images, one_hot)}
+    history = fit(model, 2, **data).history
+    assert ("val_loss" in history) == ("loss" in arguments)
+    assert releases(model) == 2
+
+
+@pytest.mark.parametrize(
+    "mechanism",
+    [NormalizedGradient(noise_multiplier=2.0), NoisyAnswer(noise_multiplier=2.0)],
+)
+def test_layers_thawed_before_compile_learn(mechanism):
+    student = tiny.frozen_front_model()
+    model = tiny.transcriber(mechanism, student=student)
+    fit(model, 2)
+    before = student.layers[0].get_weights()[0]
+    student.layers[0].trainable = True
+    model.compile(keras.optimizers.SGD(1.0), run_eagerly=True)
+    fit(model, 2)
+    assert not np.array_equal(student.layers[0].get_weights()[0], before)
+    assert releases(model) == 4
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        keras.optimizers.SGD(0.1, loss_scale_factor=1024.0),
+        keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)),
+    ],
+)
+def test_optimizers_that_scale_losses_are_refused(optimizer):
+    with pytest.raises(ValueError, match="`student_optimizer`.*loss scaling"):
+        tiny.transcriber(optimizer=optimizer)
+
+
+def test_what_keras_has_under_another_name_is_named():
+    model = tiny.transcriber()
+    with pytest.raises(ValueError, match="`student_optimizer`"):
+        model.compile(optimizer="adam")
+    with pytest.raises(ValueError, match="`class_weight, x`.*its own queries"):
+        model.fit(x=np.zeros(3), class_weight={0: 1.0})
+    with pytest.raises(ValueError, match=r"ends in \.keras"):
+        model.save("student.h5")
+    with pytest.raises(ValueError, match="`delta`"):
+        model.privacy_statement(delta=0)
+
+
+def test_a_student_in_which_nothing_learns_is_refused():
+    student = tiny.linear_model()
+    student.trainable = False
+    with pytest.raises(ValueError, match="weights that learn"):
+        tiny.transcriber(student=student)
+    model = tiny.transcriber()
+    model.student.trainable = False
+    with pytest.raises(ValueError, match="weights that learn"):
+        fit(model, 1)
+    assert releases(model) == 0

@@ -3,8 +3,10 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import dp_transcribe as dpt
+from dp_transcribe.compatibility import check_queries
 from dp_transcribe.generators import MLPGenerator
 from dp_transcribe.mechanisms import (
     NoisyAnswer,
@@ -13,6 +15,7 @@ from dp_transcribe.mechanisms import (
     RandomizedResponse,
     SelectiveRandomizedResponse,
 )
+from dp_transcribe.mechanisms.clipping import PlaceError, RowMixingError
 from dp_transcribe.privacy.units import Unit
 from dp_transcribe.queries import FreshQueries, QueryPool
 from tests import tiny
@@ -205,6 +208,117 @@ def regularized_student():
 def test_students_that_cannot_be_protected_are_refused(student, message, mechanism):
     with pytest.raises(ValueError, match=message):
         tiny.transcriber(mechanism, student=student())
+
+
+def layers_on_images(*layers):
+    flatten = keras.layers.Flatten()
+    dense = keras.layers.Dense(tiny.CLASSES)
+    return keras.Sequential([keras.layers.Input(tiny.IMAGE), *layers, flatten, dense])
+
+
+def mixing_student():
+    return layers_on_images(keras.layers.UnitNormalization(axis=0))
+
+
+def dropout_student():
+    return layers_on_images(keras.layers.Dropout(0.5, name="the_culprit"))
+
+
+@pytest.mark.parametrize("mechanism", [NormalizedGradient(), NoisyAnswer()])
+def test_students_that_mix_rows_are_refused(mechanism):
+    with pytest.raises(RowMixingError, match="one by one"):
+        tiny.transcriber(mechanism, student=mixing_student())
+
+
+def test_random_layers_are_refused_with_a_pool():
+    """Their draws go by the place in the batch, so they show who was sampled."""
+    with pytest.raises(PlaceError, match="the_culprit.*FreshQueries"):
+        check_queries(POOL, NormalizedGradient(), 1, dropout_student())
+    check_queries(POOL, NormalizedGradient(), 1, tiny.conv_model())
+    check_queries(FreshQueries(), NormalizedGradient(), 1, dropout_student())
+
+
+def test_a_transcriber_refuses_random_layers_with_a_pool():
+    with pytest.raises(PlaceError, match="the_culprit.*FreshQueries"):
+        tiny.transcriber(NormalizedGradient(), queries=POOL, student=dropout_student())
+
+
+@pytest.mark.parametrize("mechanism", [NormalizedGradient(), NoisyAnswer()])
+def test_random_layers_learn_from_fresh_queries(mechanism):
+    model = tiny.transcriber(mechanism, student=dropout_student(), eager=False)
+    seeds = [v for v in model.student.variables if "seed" in v.path]
+    first = [v.numpy() for v in seeds]
+    assert [v.numpy()[1] for v in seeds] == [0]  # nothing was drawn yet
+    fit(model, target_epsilon=2.0)
+    assert not np.array_equal(first, [v.numpy() for v in seeds])
+
+
+def test_under_a_strategy_students_are_refused_and_accepted_alike():
+    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+        generator = tiny.UniformPixels(tiny.IMAGE)
+        with pytest.raises(RowMixingError):
+            tiny.transcriber(student=mixing_student(), generator=generator)
+        tiny.transcriber(student=dropout_student(), generator=generator)
+
+
+def private_teacher(model):
+    random = np.random.default_rng(0)
+    images = random.uniform(size=(24, *tiny.IMAGE)).astype(np.float32)
+    labels = random.integers(0, tiny.CLASSES, 24)
+    training = dpt.PrivateTraining(epochs=1, batch_size=8, rows=8, accountant="rdp")
+    return dpt.fit_private_teacher(
+        model,
+        images,
+        labels,
+        target_epsilon=2.0,
+        delta=1e-5,
+        training=training,
+        seed=1,
+        verbose=0,
+    )
+
+
+def adapted_student():
+    layer = keras.layers.Normalization(name="the_culprit")
+    layer.adapt(np.random.default_rng(0).random((9, *tiny.IMAGE)))
+    return layers_on_images(layer)
+
+
+def binned_student():
+    layer = keras.layers.Discretization(num_bins=3, name="the_culprit")
+    layer.adapt(np.random.default_rng(0).random((9, *tiny.IMAGE)))
+    return layers_on_images(layer)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (mixing_student, "one by one"),
+        (dropout_student, "the_culprit.*records are sampled"),
+        (adapted_student, r"`adapt`.*the_culprit.*Normalization\(mean="),
+        (binned_student, "`adapt`.*the_culprit"),
+    ],
+)
+def test_models_that_let_records_out_are_refused_for_a_private_teacher(model, message):
+    model = model()
+    weights = tiny.flat_weights(model)
+    with pytest.raises(ValueError, match=message):
+        private_teacher(model)
+    assert np.array_equal(tiny.flat_weights(model), weights)
+
+
+def test_public_constants_are_no_statistics_of_records():
+    known = keras.layers.Normalization(mean=0.5, variance=0.1)
+    bins = keras.layers.Discretization(bin_boundaries=[0.0, 1.0])
+    teacher = private_teacher(layers_on_images(known, bins))
+    assert teacher.statement.epsilon <= 2.0
+
+
+def test_a_student_that_starts_with_the_teachers_weights_is_refused():
+    with pytest.raises(ValueError, match="not the teacher's"):
+        tiny.transcriber(
+            teacher=dpt.Teacher(tiny.linear_model(5)), student=tiny.linear_model(5)
+        )
 
 
 def test_a_student_that_shares_weights_with_the_teacher_is_refused():

@@ -237,6 +237,7 @@ def test_a_save_that_is_cut_short_leaves_the_old_file(tmp_path, monkeypatch):
     model.save_checkpoint(path)
     assert keras.saving.load_model(path).ledger == model.ledger
     assert [p.name for p in tmp_path.iterdir()] == ["m.keras"]
+    assert path.stat().st_mode & 0o077 == 0
 
 
 def test_config_round_trip():
@@ -252,3 +253,23 @@ def test_config_round_trip():
     assert isinstance(copy.public_prior, tiny.UniformPixels)
     assert copy.objective == model.objective
     json.dumps(keras.saving.serialize_keras_object(model))
+
+
+def test_equal_initial_weights_of_teacher_and_student_do_not_stop_a_load(tmp_path):
+    def seeded():
+        inputs = keras.layers.Input(tiny.IMAGE)
+        start = keras.initializers.GlorotUniform(seed=3)
+        dense = keras.layers.Dense(10, kernel_initializer=start)
+        return keras.Model(inputs, dense(keras.layers.Flatten()(inputs)))
+
+    taught = seeded()
+    taught.set_weights(tiny.linear_model(5).get_weights())
+    teacher = dpt.Teacher(taught, outputs="logits")
+    model = tiny.transcriber(teacher=teacher, student=seeded())
+    fit(model, 1)
+    model.save_checkpoint(tmp_path / "m.keras")
+    loaded = keras.saving.load_model(tmp_path / "m.keras")
+    for one, other in zip(
+        loaded.teacher.get_weights(), taught.get_weights(), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)

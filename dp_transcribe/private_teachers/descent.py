@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,11 @@ from dp_transcribe import _validate
 from dp_transcribe.distillation.linear import check_labels
 from dp_transcribe.distillation.releases import RELATION, RecordSums, sum_event
 from dp_transcribe.mechanisms.clipping import clipped_gradient_sum
-from dp_transcribe.mechanisms.clipping.validate import check_student
+from dp_transcribe.mechanisms.clipping.validate import (
+    check_sampled,
+    check_student,
+    every_layer,
+)
 from dp_transcribe.privacy.accounting import ACCOUNTANTS
 from dp_transcribe.privacy.calibration import noise_multiplier_for
 from dp_transcribe.privacy.ledger import Ledger
@@ -28,6 +34,10 @@ from dp_transcribe.students import check_ends_in_logits
 from dp_transcribe.teachers import Teacher
 
 _LOGGER = logging.getLogger(__name__)
+# Records that are hashed at once.
+_ROWS = 1024
+# Variables of models that were trained here, by their ids.
+_TRAINED: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +126,9 @@ def fit_private_teacher(
 
     Args:
         model: built Functional or Sequential model that ends in logits
-            `[batch, classes]`, without BatchNormalization.
+            `[batch, classes]`, without BatchNormalization, layers that are random in
+            training, such as Dropout, and layers with statistics of `adapt`. It must
+            not have seen the private records before.
         images: private, float `[records, ...]`.
         labels: private, int `[records]`.
         target_epsilon: the epsilon per record that is not passed.
@@ -124,7 +136,8 @@ def fit_private_teacher(
         training: further settings.
         input_range: lowest and highest value of a pixel.
         checkpoint: a file that is written after every epoch and gone on from if it is
-            there. A resumed training equals the uninterrupted one.
+            there, for the same records. A resumed training equals the uninterrupted
+            one.
         on_step: called with each step's number and the noisy weights after it, not
             averaged; they are covered as the teacher is.
         seed: None for secret noise; an int makes runs repeatable, for tests.
@@ -136,13 +149,15 @@ def fit_private_teacher(
 
     Raises:
         ValueError: an argument is out of range, the labels do not fit, or the
-            checkpoint is of another training. Nothing was spent.
+            checkpoint is of another training or other records. Nothing was spent.
+        RuntimeError: the model was trained here before, if only in part, and there is
+            no checkpoint to go on from. Nothing was spent.
         UnsupportedStudentError: gradients of the model cannot be bounded per record.
 
     **Privacy**: unit `RECORD`, zero-out, the number of records being public. A
     record's gradient has norm at most C in the sum of a step that takes it. Averaging
-    and momentum are post-processing. The checkpoint holds the noise key: it is as
-    private as the records.
+    and momentum are post-processing. The checkpoint holds the noise key and a digest
+    of the records: it is as private as they are.
 
     References:
         Abadi et al. 2016, arXiv:1607.00133; Papernot et al. 2021, arXiv:2007.14191;
@@ -155,6 +170,10 @@ def fit_private_teacher(
     if plan.batch_size > len(images):
         expected = f"at most the number of records {len(images)}"
         raise _validate.invalid("batch_size", plan.batch_size, expected)
+    path = None if checkpoint is None else Path(checkpoint)
+    resumed = path if path is not None and path.exists() else None
+    if resumed is None:
+        _refuse_trained(model)
     descent = _Descent(
         model,
         plan,
@@ -169,16 +188,18 @@ def fit_private_teacher(
         delta=delta,
         on_step=on_step,
         seed=seed,
+        digest="" if path is None else _digest(images, labels),
     )
-    if checkpoint is not None and Path(checkpoint).exists():
-        descent.load(Path(checkpoint))
+    if resumed is not None:
+        descent.load(resumed)
     bar = keras.utils.Progbar(
         plan.epochs, verbose=verbose, stateful_metrics=["epsilon"]
     )
+    _TRAINED.update({id(variable): variable for variable in model.variables})
     for epoch in range(descent.epochs_done, plan.epochs):
         descent.run_epoch(images, labels)
-        if checkpoint is not None:
-            descent.save(Path(checkpoint))
+        if path is not None:
+            descent.save(path)
         bar.update(epoch + 1, [("epsilon", descent.epsilon())])
     return descent.teacher(input_range)
 
@@ -196,7 +217,9 @@ class _Descent:
         delta: float,
         on_step: Callable[[int, list[np.ndarray]], None] | None = None,
         seed: int | None,
+        digest: str = "",
     ) -> None:
+        self.digest = digest
         self.model, self.plan, self.delta = model, plan, delta
         self.on_step = on_step
         self.num_records = num_records
@@ -321,7 +344,8 @@ class _Descent:
         with partial.open("wb") as file:
             os.chmod(partial, 0o600)
             ledger = self.releases.ledger.to_json()
-            np.savez(file, facts=self._facts(), ledger=ledger, **values)
+            facts = {"facts": self._facts(), "records": self.digest}
+            np.savez(file, ledger=ledger, **facts, **values)
         os.replace(partial, path)
 
     def load(self, path: Path) -> None:
@@ -330,17 +354,46 @@ class _Descent:
         mend = "Repeat the call that is resumed, or remove the file to start anew."
         try:
             with np.load(path) as stored:
-                facts = str(stored["facts"])
+                facts, digest = str(stored["facts"]), str(stored["records"])
                 ledger = Ledger.from_json(str(stored["ledger"]))
                 values = [stored[f"v{i}"] for i in range(len(self._variables()))]
         except Exception as error:  # the readers raise several unrelated types
             raise _validate.invalid("checkpoint", str(path), expected, mend) from error
         if facts != self._facts():
             raise _validate.invalid("checkpoint", facts, self._facts(), mend)
+        if digest != self.digest:
+            # The same noise on the sums of other records would cancel between the two.
+            expected = "the checkpoint of a training on these images and labels"
+            raise _validate.invalid("checkpoint", str(path), expected, mend)
         for variable, value in zip(self._variables(), values, strict=True):
             variable.assign(value)
         self.releases.ledger = ledger
         _LOGGER.info("Goes on after %d epochs.", self.epochs_done)
+
+
+def _refuse_trained(model: keras.Model) -> None:
+    """Refuses a model whose weights a training here has moved.
+
+    Raises:
+        RuntimeError: a variable of it was in such a training.
+    """
+    if any(id(variable) in _TRAINED for variable in model.variables):
+        raise RuntimeError(
+            "This model was trained privately before, if only in part. A second "
+            "training would start from weights that the records have moved, and its "
+            "statement would leave out what that cost. Make a new model, or pass the "
+            "`checkpoint` of the first training to go on with it."
+        )
+
+
+def _digest(images: np.ndarray, labels: np.ndarray) -> str:
+    """SHA-256 of the records in their order."""
+    found = hashlib.sha256()
+    for array in (images, labels):
+        found.update(f"{array.dtype} {array.shape}".encode())
+        for start in range(0, len(array), _ROWS):
+            found.update(array[start : start + _ROWS].tobytes())
+    return found.hexdigest()
 
 
 def _cross_entropy(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
@@ -356,3 +409,23 @@ def _check_model(model: Any, images: np.ndarray) -> None:
         expected = f"a built model of inputs {images.shape[1:]}, as `images` has"
         raise _validate.invalid("model", shape, expected)
     check_ends_in_logits("model", model)
+    adapted = [layer.name for layer in every_layer(model) if _is_adapted(layer)]
+    if adapted:
+        mend = "State public constants instead, as `Normalization(mean=, variance=)`."
+        expected = (
+            "no layers with statistics of `adapt`, which would be released with the "
+            "teacher, without noise"
+        )
+        raise _validate.invalid("model", adapted, expected, mend)
+    mend = "Leave out Dropout and random augmentation: records are sampled in a step."
+    check_sampled(model, mend)
+
+
+def _is_adapted(layer: keras.layers.Layer) -> bool:
+    """Whether a layer has no constants, so that `adapt` fits it to data."""
+    if isinstance(layer, keras.layers.Normalization):
+        return layer.input_mean is None
+    if isinstance(layer, keras.layers.Discretization):
+        return layer.num_bins is not None
+    # TextVectorization, StringLookup, IntegerLookup and what derives from them.
+    return not getattr(layer, "_has_input_vocabulary", True)

@@ -181,6 +181,62 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path):
         train(checkpoint=path)
 
 
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_checkpoint_of_other_records_is_refused(tmp_path, part):
+    """Its noise was added to other sums: the difference of both would be bare."""
+    path = tmp_path / "training.npz"
+    train(checkpoint=path)
+    arrays = [array.copy() for array in data()]
+    arrays[part][5] = arrays[part][6] = arrays[part][7]
+    before, model = path.read_bytes(), tiny.linear_model(1, 0.1)
+    weights = tiny.flat_weights(model)
+    with pytest.raises(ValueError, match="`checkpoint`.*these images") as refused:
+        train(model, arrays=arrays, checkpoint=path)
+    with np.load(path) as stored:
+        assert len(str(stored["records"])) == 64
+        assert str(stored["records"]) not in str(refused.value)
+    assert path.read_bytes() == before
+    np.testing.assert_array_equal(tiny.flat_weights(model), weights)
+
+
+def interrupt(step, weights):
+    if step == 4:
+        raise KeyboardInterrupt
+
+
+def test_a_model_is_not_trained_twice():
+    model = tiny.linear_model(1, 0.1)
+    with pytest.raises(ValueError, match="delta"):
+        train(model, delta=1.0)  # nothing was spent
+    with pytest.raises(KeyboardInterrupt):
+        train(model, on_step=interrupt)
+    again = keras.Model(model.inputs, model.outputs)
+    for same in (model, again):
+        moved = tiny.flat_weights(same)
+        with pytest.raises(RuntimeError, match="Make a new model"):
+            train(same)
+        np.testing.assert_array_equal(tiny.flat_weights(same), moved)
+    train(keras.models.clone_model(model))
+
+
+def test_a_model_goes_on_from_its_checkpoint_and_no_further(tmp_path):
+    whole, model = train(), tiny.linear_model(1, 0.1)
+    path = tmp_path / "training.npz"
+    with pytest.raises(KeyboardInterrupt):
+        train(model, checkpoint=path, on_step=interrupt)
+    resumed = train(model, checkpoint=path)
+    np.testing.assert_array_equal(
+        tiny.flat_weights(whole.model), tiny.flat_weights(model)
+    )
+    assert resumed.statement == whole.statement
+    loaded = tiny.linear_model(1, 0.1)
+    train(loaded, checkpoint=path)  # the file's training was finished
+    for trained in (model, loaded):
+        with pytest.raises(RuntimeError, match="Make a new model"):
+            train(trained, checkpoint=tmp_path / "another.npz")
+    assert not (tmp_path / "another.npz").exists()
+
+
 def test_noise_is_secret_without_a_seed():
     one, two = (train(seed=None) for _ in range(2))
     assert one.statement.noise_seed is None

@@ -5,8 +5,11 @@ from dp_transcribe.mechanisms.clipping.step import clipped_gradient_sum
 from dp_transcribe.mechanisms.clipping.validate import (
     BatchNormalizationError,
     HalfPrecisionError,
+    PlaceError,
     RegularizationError,
+    RowMixingError,
     UnsupportedStudentError,
+    check_sampled,
     check_student,
 )
 
@@ -15,8 +18,11 @@ __all__ = [
     "Bound",
     "ClippedSum",
     "HalfPrecisionError",
+    "PlaceError",
     "RegularizationError",
+    "RowMixingError",
     "UnsupportedStudentError",
+    "check_sampled",
     "check_student",
     "clipped_gradient_sum",
 ]

@@ -3,6 +3,7 @@
 import logging
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 
@@ -10,7 +11,10 @@ from dp_transcribe.mechanisms.clipping import (
     BatchNormalizationError,
     Bound,
     HalfPrecisionError,
+    PlaceError,
     RegularizationError,
+    RowMixingError,
+    check_sampled,
     check_student,
     clipped_gradient_sum,
 )
@@ -20,7 +24,14 @@ from tests.mechanisms.clipping.reference import (
     one_by_one,
     squared_error,
 )
-from tests.mechanisms.clipping.students import L, sequence
+from tests.mechanisms.clipping.students import (
+    CONVOLUTIONS,
+    OTHER_LAYERS,
+    STUDENTS,
+    L,
+    attention,
+    sequence,
+)
 
 
 class Scale(keras.layers.Layer):
@@ -93,6 +104,203 @@ def test_batch_normalization_is_refused_by_name():
     inner = sequence((4,), L.BatchNormalization(name="the_culprit"))
     with pytest.raises(BatchNormalizationError, match="the_culprit.*GroupNorm"):
         check_student(sequence((4,), L.Dense(4), inner))
+
+
+def along_the_batch(function):
+    return lambda: sequence((6,), L.Dense(8), L.Lambda(function), L.Dense(3))
+
+
+def hidden_by_a_head_of_zeros():
+    head = L.Dense(3, kernel_initializer="zeros")
+    return sequence((6,), L.Dense(4), L.UnitNormalization(axis=0), head)
+
+
+def with_codes_of_two_inputs():
+    codes = keras.Input((3,), dtype="int32", name="codes")
+    rest = keras.Input((4,), name="rest")
+    mixed = L.UnitNormalization(axis=0)(L.Flatten()(L.Embedding(5, 2)(codes)))
+    outputs = L.Dense(3)(L.Concatenate()([mixed, rest]))
+    return keras.Model({"codes": codes, "rest": rest}, outputs)
+
+
+def on_images(*layers):
+    return sequence((8, 8, 3), *layers, L.Flatten(), L.Dense(3))
+
+
+class RunningMean(keras.layers.Layer):
+    """Takes away the mean of all rows that it ever saw."""
+
+    def build(self, shape):
+        self.mean = self.add_weight(
+            shape=(shape[-1],), initializer="zeros", trainable=False
+        )
+
+    def call(self, inputs):
+        outputs = inputs - keras.ops.convert_to_tensor(self.mean)
+        self.mean.assign(0.9 * self.mean + 0.1 * keras.ops.mean(inputs, axis=0))
+        return outputs
+
+
+MIXING = {
+    "centred": along_the_batch(lambda t: t - keras.ops.mean(t, axis=0)),
+    "over the largest": along_the_batch(lambda t: t / tf.reduce_max(tf.abs(t))),
+    "turned round": along_the_batch(lambda t: keras.ops.flip(t, axis=0)),
+    "sorted": along_the_batch(lambda t: tf.sort(t, axis=0)),
+    "less the first": along_the_batch(lambda t: t - t[:1]),
+    "less the last": along_the_batch(lambda t: t - t[-1:]),
+    "hardly": along_the_batch(lambda t: t + 1e-5 * keras.ops.mean(t, axis=0)),
+    "without gradient": along_the_batch(
+        lambda t: t + 0.01 * tf.stop_gradient(tf.reduce_mean(t, axis=0))
+    ),
+    "beside other draws": along_the_batch(
+        lambda t: t * tf.random.uniform(tf.shape(t)) + tf.reduce_mean(t, axis=0)
+    ),
+    "unit normalisation": lambda: on_images(L.UnitNormalization(axis=0)),
+    "behind zeros": hidden_by_a_head_of_zeros,
+    "codes": with_codes_of_two_inputs,
+    "behind dropout": lambda: sequence(
+        (6,), L.Dropout(0.5), L.UnitNormalization(axis=0), L.Dense(3)
+    ),
+    "stateful": lambda: keras.Sequential(
+        [L.Input((5, 4), batch_size=4), L.GRU(4, stateful=True), L.Dense(3)]
+    ),
+    "running mean": lambda: sequence((6,), RunningMean(), L.Dense(3)),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_rows_that_mix_are_refused(name):
+    model = MIXING[name]()
+    with pytest.raises(RowMixingError, match="one by one.*Received.*axis 0"):
+        check_student(model)
+
+
+@pytest.mark.parametrize("layer", [L.CutMix, L.MixUp])
+def test_layers_that_mix_in_some_draws_are_refused_by_name(layer):
+    with pytest.raises(RowMixingError, match="the_culprit"):
+        check_student(on_images(layer(seed=1, name="the_culprit")))
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_rows_that_mix_are_refused_in_a_graph_too(compiles):
+    model = MIXING["centred"]()
+    inputs, targets = make_data(model)
+    with pytest.raises(RowMixingError):
+        tf.function(
+            lambda: clipped_gradient_sum(
+                model, inputs, targets, squared_error, l2_norm=1.0
+            ),
+            autograph=False,  # which words errors anew
+            jit_compile=compiles,
+        )()
+
+
+def frozen_normalization():
+    return on_images(L.Conv2D(4, 3), L.BatchNormalization(trainable=False))
+
+
+def in_bfloat16():
+    return on_images(
+        L.Conv2D(8, 3, activation="relu", dtype="mixed_bfloat16"),
+        L.GroupNormalization(2, dtype="mixed_bfloat16"),
+    )
+
+
+def with_codes_as_numbers():
+    return sequence((6,), L.Embedding(7, 4), L.Flatten(), L.Dense(3))
+
+
+# Alone in every respect.
+PLAIN = {
+    **{name: OTHER_LAYERS[name] for name in ("nested", "attention", "embedding")},
+    **{name: OTHER_LAYERS[name] for name in ("partly frozen", "shared embedding")},
+    **{name: CONVOLUTIONS[name] for name in ("same", "groups", "unknown size")},
+    "frozen batch normalisation": frozen_normalization,
+    "bfloat16": in_bfloat16,
+    "codes as numbers": with_codes_as_numbers,
+    "recurrent": lambda: sequence((5, 4), L.Bidirectional(L.LSTM(3)), L.Dense(3)),
+    "dropout of rate 0": lambda: sequence((6,), L.Dropout(0.0), L.Dense(3)),
+    "spectral": lambda: sequence((6,), L.SpectralNormalization(L.Dense(3))),
+    "of one batch size": lambda: keras.Sequential(
+        [L.Input((5,), batch_size=6), L.Dense(3)]
+    ),
+    "of single rows": lambda: keras.Sequential(
+        [L.Input((5,), batch_size=1), L.Dense(3)]
+    ),
+}
+# One by one, though not alike at every place of the batch.
+RANDOM = {
+    "dropout": lambda: sequence((6,), L.Dropout(0.5), L.Dense(3)),
+    "noise": lambda: sequence((6,), L.GaussianNoise(0.5), L.Dense(3)),
+    "dropout of attention": lambda: attention(dropout=0.5),
+    "recurrent dropout": lambda: sequence(
+        (5, 4), L.GRU(3, recurrent_dropout=0.5), L.Dense(3)
+    ),
+    "mirrored": lambda: on_images(L.RandomFlip()),
+    "moved": lambda: on_images(L.RandomTranslation(0.3, 0.3)),
+    "brightness": lambda: on_images(L.RandomBrightness(0.5, value_range=(0, 1))),
+    "without a seed": along_the_batch(lambda t: t * tf.random.uniform(tf.shape(t))),
+    "by place": along_the_batch(
+        lambda t: t + tf.range(tf.shape(t)[0], dtype=tf.float32)[:, None]
+    ),
+    "by batch size": along_the_batch(lambda t: t / tf.cast(tf.shape(t)[0], t.dtype)),
+}
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *RANDOM])
+def test_rows_one_by_one_are_accepted_and_the_student_is_left_alone(name):
+    model = {**PLAIN, **RANDOM}[name]()
+    before = [v.numpy() for v in model.variables]
+    check_student(model)
+    for old, variable in zip(before, model.variables, strict=True):
+        np.testing.assert_array_equal(old, variable)
+
+
+@pytest.mark.parametrize("name", [n for n in STUDENTS if n not in PLAIN])
+def test_no_layer_of_keras_is_taken_for_mixing_or_random(name):
+    check_sampled(STUDENTS[name](), "")
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_rows_may_be_sampled_where_they_do_not_go_by_place(name):
+    check_sampled(PLAIN[name](), "")
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_rows_that_go_by_place_are_not_sampled(name):
+    with pytest.raises(PlaceError, match="rows are sampled.*Received.*Do without"):
+        check_sampled(RANDOM[name](), "Do without.")
+
+
+def test_random_layers_are_named():
+    model = sequence((6,), L.Dropout(0.5, name="the_culprit"), L.Dense(3))
+    with pytest.raises(PlaceError, match=r"layer 'the_culprit' \(Dropout\)"):
+        check_sampled(model, "")
+
+
+def test_a_student_is_tried_once(monkeypatch):
+    model = sequence((6,), L.Dense(3))
+    check_student(model)
+    monkeypatch.setattr(type(model), "__call__", lambda *_, **__: pytest.fail())
+    check_student(model)
+
+
+def test_a_student_that_takes_no_random_rows_is_warned_of(caplog):
+    words = keras.Input((1,), dtype="string")
+    codes = L.StringLookup(vocabulary=["a", "b"])(words)
+    model = keras.Model(words, L.Dense(3)(L.Embedding(3, 2)(codes)), name="of_words")
+    with caplog.at_level(logging.WARNING, "dp_transcribe"):
+        check_student(model)
+    assert "'of_words' cannot be tried" in caplog.text
+
+
+def test_replicas_students_are_tried_where_they_are_made():
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    with strategy.scope():
+        check_student(sequence((6,), L.Dropout(0.5), L.Dense(3)))
+        mixing = MIXING["centred"]()
+        with pytest.raises(RowMixingError):
+            check_student(mixing)
 
 
 @pytest.mark.parametrize(
