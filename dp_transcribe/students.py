@@ -282,7 +282,7 @@ def _check_shapes(student: keras.Model, teacher: Any) -> None:
 
 
 def check_ends_in_logits(name: str, model: keras.Model) -> None:
-    """Refuses a model whose last layer normalises its outputs.
+    """Refuses a model whose last layer or operation normalises its outputs.
 
     Args:
         name: of the argument.
@@ -291,10 +291,12 @@ def check_ends_in_logits(name: str, model: keras.Model) -> None:
     Raises:
         ValueError: the model ends in a softmax or a sigmoid.
     """
-    last = model.layers[-1]
+    last: Any = model
+    while isinstance(last, keras.Model) and last.layers:
+        last = getattr(last, "operations", last.layers)[-1]
     activation = getattr(last, "activation", None)
     normalizes = activation in (keras.activations.softmax, keras.activations.sigmoid)
-    if normalizes or isinstance(last, keras.layers.Softmax):
+    if normalizes or type(last).__name__ in ("Softmax", "Sigmoid"):
         mend = "Leave out the softmax or sigmoid after its last dense layer."
         raise invalid(name, last.name, f"a {name} ending in logits", mend)
 

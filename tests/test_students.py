@@ -5,6 +5,7 @@ import pytest
 from dp_transcribe.ensembles import TeacherEnsemble
 from dp_transcribe.students import (
     batch_norm_layers,
+    check_ends_in_logits,
     check_student,
     conv_student,
     lenet_student,
@@ -265,3 +266,18 @@ def test_nothing_is_split_where_two_tensors_pass():
     frozen = _frozen()(inputs)
     both = layers.Concatenate()([layers.Dense(4)(frozen), inputs])
     assert split_frozen(keras.Model(inputs, layers.Dense(3)(both))) is None
+
+
+def test_a_softmax_is_found_inside_and_as_an_operation():
+    def linear():
+        stack = [layers.Input(SHAPE), layers.Flatten(), layers.Dense(4)]
+        return keras.Sequential(stack)
+
+    inputs = layers.Input(SHAPE)
+    inner = keras.Sequential([linear(), layers.Softmax()])
+    nested = keras.Model(inputs, keras.Sequential([inner])(inputs))
+    operation = keras.Model(inputs, keras.ops.softmax(linear()(inputs)))
+    for student in (nested, operation):
+        with pytest.raises(ValueError, match="ending in logits"):
+            check_ends_in_logits("student", student)
+    check_ends_in_logits("student", keras.Sequential([linear()]))
