@@ -418,7 +418,7 @@ def _by_answers(
         student = _wavelet_student(teacher, prior, seed, head)
     epochs, steps_per_epoch = schedule
     steps = epochs * steps_per_epoch
-    turns = [(int(first * steps), int(last * steps)) for first, last in pace.rests]
+    turns = _turns(pace, steps)
     rate = _decay_between(learning_rate, turns, steps, updates)
     return _transcriber(
         teacher,
@@ -435,10 +435,22 @@ def _by_answers(
         replay_size=min(REPLAY_SIZE, steps * batch_size),
         replay_batch_size=batch_size,
         uniform_prior_queries=int(pace.uniform * steps) * batch_size,
-        rests=[(a * batch_size, b * batch_size) for a, b in turns if a < b],
+        rests=[(a * batch_size, b * batch_size) for a, b in turns],
         seed=seed,
         **kwargs,
     )
+
+
+def _turns(pace: Pace, steps: int) -> list[tuple[int, int]]:
+    """First step of each rest and the first one after it; in short runs rests meet."""
+    turns: list[tuple[int, int]] = []
+    for share, end in pace.rests:
+        first, last = int(share * steps), int(end * steps)
+        if turns and first <= turns[-1][1]:
+            first, _ = turns.pop()
+        if first < last:
+            turns.append((first, last))
+    return turns
 
 
 def _decay_between(

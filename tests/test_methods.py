@@ -115,3 +115,12 @@ def test_a_private_teacher_is_transcribed_under_its_own_statement():
 def test_a_teacher_that_is_not_private_is_not_transcribed_as_one():
     with pytest.raises(ValueError, match="statement"):
         dpt.transcribe_private_teacher(tiny.linear_teacher(), SmoothNoise(tiny.IMAGE))
+
+
+def test_rests_of_short_runs_meet_and_never_overlap():
+    pace = methods.Pace(rests=((0.0, 0.4), (0.45, 0.8)), uniform=0.5)
+    for steps in range(1, 60):
+        flat = [step for turn in methods._turns(pace, steps) for step in turn]
+        assert flat == sorted(set(flat)) and max(flat, default=0) <= 0.8 * steps
+    assert methods._turns(pace, 5) == [(0, 4)]
+    assert methods._turns(pace, 100) == [(0, 40), (45, 80)]
