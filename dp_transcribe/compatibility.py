@@ -120,7 +120,7 @@ def check_queries(
     queries: Queries,
     mechanism: Mechanism,
     replicas: int,
-    student: keras.Model | None = None,
+    student: keras.Model,
 ) -> None:
     """Refuses a sampler that the mechanism's cost is not stated for.
 
@@ -136,7 +136,7 @@ def check_queries(
         mend = "It noises every answer by itself; use FreshQueries."
         expected = f"FreshQueries with {mechanism.name}"
         raise _validate.invalid("queries", queries, expected, mend)
-    if isinstance(queries, QueryPool) and student is not None:
+    if isinstance(queries, QueryPool):
         mend = "Use FreshQueries, or a student without random layers."
         check_sampled(student, mend)
     for name in ("batch_size", "size"):

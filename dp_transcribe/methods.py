@@ -31,7 +31,7 @@ from dp_transcribe.mechanisms.randomized_response import SelectiveRandomizedResp
 from dp_transcribe.mechanisms.weight_gradient import NormalizedGradient
 from dp_transcribe.privacy.inheritance import check_inheritable
 from dp_transcribe.queries import FreshQueries, Queries, QueryPool
-from dp_transcribe.teachers import Teacher
+from dp_transcribe.teachers import Teacher, as_teacher
 from dp_transcribe.transcriber import DPTranscriber
 from dp_transcribe.wavelets import wavelet_student
 
@@ -111,7 +111,7 @@ def dpdfd(
         arXiv:2304.12528. The pool of queries, the public prior and the averaged
         iterates are this library's.
     """
-    teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+    teacher = as_teacher(teacher)
     balance_classes = student is not None
     if student is None:
         student = _wavelet_student(teacher, prior, seed, {"units": units})
@@ -166,7 +166,7 @@ def srr(
     References:
         arXiv:2409.12384; randomised response of arXiv:2102.06062.
     """
-    teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+    teacher = as_teacher(teacher)
     generator = generator or _pretrained(teacher, prior, seed)
     pretrain_by_teacher(generator, teacher, steps=PRETRAINING_STEPS, seed=seed or 0)
     return _by_answers(
@@ -272,7 +272,7 @@ def transcribe_private_teacher(
     Raises:
         ValueError: the teacher has no statement.
     """
-    teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+    teacher = as_teacher(teacher)
     statement = check_inheritable(teacher.statement, "teacher.statement")
     return _by_answers(
         teacher,
@@ -413,7 +413,7 @@ def _by_answers(
     **kwargs: Any,
 ) -> DPTranscriber:
     """What the methods share that release every answer by itself."""
-    teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+    teacher = as_teacher(teacher)
     if student is None:
         student = _wavelet_student(teacher, prior, seed, head)
     epochs, steps_per_epoch = schedule

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from dp_transcribe import _validate
+from dp_transcribe._files import replacing
 from dp_transcribe.learning import AnswerLearner
 from dp_transcribe.mechanisms.base import AnswerMechanism, Released
 from dp_transcribe.privacy.units import Unit
@@ -197,9 +197,8 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file that is never seen half written."""
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import json
 import logging
 import multiprocessing
@@ -20,6 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from dp_transcribe import _validate
+from dp_transcribe._files import digest_of, replacing
 from dp_transcribe.ensembles import ShardPlan, TeacherEnsemble
 
 logger = logging.getLogger(__name__)
@@ -275,13 +275,12 @@ def _claim(
         "plan": dataclasses.asdict(plan),
         "fit": repr(fit) if dataclasses.is_dataclass(fit) else type(fit).__name__,
         "member": [list(variable.shape) for variable in model_fn().variables],
-        **{name: _digest(array) for name, array in parts.items()},
+        **{name: digest_of(array) for name, array in parts.items()},
     }
     path = folder / MANIFEST
     if not path.exists():
-        partial = folder / f".partial-{os.getpid()}-{MANIFEST}"
-        partial.write_text(json.dumps(facts, indent=2), encoding="utf-8")
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(facts, indent=2), encoding="utf-8")
         return
     former = json.loads(path.read_text(encoding="utf-8"))
     differing = [name for name in facts if former.get(name) != facts[name]]
@@ -290,21 +289,15 @@ def _claim(
         raise _validate.invalid("folder", str(folder), expected, "Choose another.")
 
 
-def _digest(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-
-
 def _path(folder: Path, shard: int) -> Path:
     return folder / f"teacher_{shard:05d}.npz"
 
 
 def _save(folder: Path, shard: int, model: keras.Model) -> None:
     """Writes a teacher's file, which is never seen half written."""
-    path = _path(folder, shard)
-    partial = folder / f".partial-{os.getpid()}-{path.name}"
     variables = [*model.trainable_variables, *model.non_trainable_variables]
-    np.savez(partial, *[variable.numpy() for variable in variables])
-    os.replace(partial, path)
+    with replacing(_path(folder, shard)) as partial:
+        np.savez(partial, *[variable.numpy() for variable in variables])
 
 
 def _load(folder: Path, shard: int) -> list[np.ndarray] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -14,9 +13,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from dp_transcribe._files import digest_of
 from dp_transcribe._validate import invalid, one_of
 from dp_transcribe.privacy.inheritance import check_inheritable, read_statement
-from dp_transcribe.privacy.statement import PrivacyStatement
+from dp_transcribe.privacy.statement import (
+    PrivacyStatement,
+    split_digest,
+    with_digest,
+)
 
 Outputs = Literal["logits", "probabilities"]
 _PROBE_IMAGES = 32
@@ -167,8 +171,8 @@ class Teacher:
         self.model.save(path)
         if self.statement is None:
             return
-        details = {**self.statement.details, _DIGEST: _digest(path)}
-        statement = dataclasses.replace(self.statement, details=details)
+        digest = digest_of(path.read_bytes())
+        statement = with_digest(self.statement, _DIGEST, digest)
         beside.write_text(statement.to_json() + "\n", encoding="utf-8")
 
     def get_weights(self) -> list[np.ndarray]:
@@ -196,6 +200,11 @@ class Teacher:
             mend = "State the range of pixels it was trained on in `input_range`."
             raise invalid("model", self.model, "finite class scores", mend)
         return scores
+
+
+def as_teacher(teacher: Teacher | Any) -> Teacher:
+    """The teacher, or one made of what `Teacher` takes."""
+    return teacher if isinstance(teacher, Teacher) else Teacher(teacher)
 
 
 def load_teacher(
@@ -231,20 +240,16 @@ def _beside(path: Path) -> Path:
     return path.with_name(f"{path.stem}.statement.json")
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _statement_of(path: Path, file: Path) -> PrivacyStatement:
     """Reads a statement, refused if it says that it is of another teacher."""
-    statement = read_statement(file)
-    details = dict(statement.details)
-    digest = details.pop(_DIGEST, None)
-    if digest is not None and (not path.is_file() or digest != _digest(path)):
+    statement, digest = split_digest(read_statement(file), _DIGEST)
+    if digest is not None and not (
+        path.is_file() and digest == digest_of(path.read_bytes())
+    ):
         mend = "The teacher was overwritten: take the statement that belongs to it."
         expected = f"a statement of {path}"
         raise invalid("statement", str(file), expected, mend)
-    return dataclasses.replace(statement, details=details)
+    return statement
 
 
 def _load(path: str | os.PathLike[str]) -> Any:

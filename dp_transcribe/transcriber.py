@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from dp_transcribe import _validate, compatibility
+from dp_transcribe._files import replacing
 from dp_transcribe.budget import DEFAULT_DELTA, Budget
 from dp_transcribe.ensembles import TeacherEnsemble
 from dp_transcribe.learning import (
@@ -37,7 +38,7 @@ from dp_transcribe.privacy.statement import PrivacyStatement, statement_from_led
 from dp_transcribe.queries import FreshQueries, Queries, QueryPool
 from dp_transcribe.saving import as_bytes, as_text, config_of, made_from, numbered
 from dp_transcribe.students import check_student
-from dp_transcribe.teachers import Teacher
+from dp_transcribe.teachers import Teacher, as_teacher
 from dp_transcribe.workers import (
     LocalCopy,
     check_equal,
@@ -136,7 +137,7 @@ class DPTranscriber(keras.Model):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+        self.teacher = as_teacher(teacher)
         self.student = student
         self.second_student = second_student
         self.generator = generator
@@ -575,7 +576,7 @@ class DPTranscriber(keras.Model):
         Raises:
             RuntimeError: they are another transcriber's, or came without its ledger.
         """
-        known = sum(entry.count for entry in self.ledger.entries)
+        known = self.ledger.releases(self.mechanism.unit)
         made = int(self.releases.numpy())
         if made > known:
             raise RuntimeError(
@@ -616,7 +617,7 @@ class DPTranscriber(keras.Model):
         def accounted(iterator: Any) -> dict[str, Any]:
             learner, steps = self._make_learner(), self.steps_per_execution
             needs_pool = self.budget.spend(steps)
-            self.releases.assign(sum(entry.count for entry in self.ledger.entries))
+            self.releases.assign(self.ledger.releases(self.mechanism.unit))
             if needs_pool:
                 self._fill_pool(cast(GradientLearner, learner))
             self.stop_training |= self.budget.is_spent
@@ -787,11 +788,8 @@ class DPTranscriber(keras.Model):
         """
         path = pathlib.Path(path)
         if is_chief(self.distribute_strategy):
-            partial = path.with_name(f".partial-{path.name}")
-            partial.unlink(missing_ok=True)
-            partial.touch(mode=0o600)  # before anything secret is in it
-            self.save(partial, overwrite=True)
-            os.replace(partial, path)
+            with replacing(path, secret=True) as partial:
+                self.save(partial, overwrite=True)
         else:
             with tempfile.TemporaryDirectory() as folder:
                 self.save(pathlib.Path(folder) / path.name)

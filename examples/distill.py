@@ -12,7 +12,6 @@ settings are to be chosen that way.
 
 import dataclasses
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -30,6 +29,7 @@ from absl import app, flags
 
 import dp_transcribe as dpt
 from dp_transcribe import _validate, reporting
+from dp_transcribe._files import digest_of, replacing
 from dp_transcribe.data import DATASETS, PRIOR_DOMAINS, ImageDataset, load_dataset
 from dp_transcribe.distillation import (
     DPKIP,
@@ -113,13 +113,11 @@ def private_features(
     folder = _validate.writable_dir("cache_dir", cache_dir)
     tag = "-mirrored" if isinstance(kernel, MirroredKernel) else ""
     images = dataset.train_images
-    digest = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()[:12]
-    name = f"{dataset.name}-{dataset.source}-{FLAGS.kernel}{tag}-{digest}.npy"
-    path = folder / name
+    name = f"{dataset.name}-{dataset.source}-{FLAGS.kernel}{tag}"
+    path = folder / f"{name}-{digest_of(images)[:12]}.npy"
     if not path.exists():
-        partial = folder / f".partial-{os.getpid()}-{name}"
-        np.save(partial, embed_in_batches(kernel, images))
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            np.save(partial, embed_in_batches(kernel, images))
     return np.load(path, mmap_mode="r")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import os
 from pathlib import Path
@@ -12,7 +11,12 @@ import numpy as np
 import tensorflow as tf
 
 from dp_transcribe import _validate
-from dp_transcribe.privacy.statement import PrivacyStatement
+from dp_transcribe._files import digest_of, replacing
+from dp_transcribe.privacy.statement import (
+    PrivacyStatement,
+    split_digest,
+    with_digest,
+)
 
 _ARRAYS, _STATEMENT, _TEXT = "distilled.npz", "statement.json", "statement.txt"
 # Which file the statement beside it belongs to.
@@ -74,17 +78,15 @@ class DistilledDataset:
         # In this order a crash leaves images without a statement, never another's.
         for name in (_STATEMENT, _TEXT):
             (path / name).unlink(missing_ok=True)
-        partial = path / f".partial-{os.getpid()}-{_ARRAYS}"
-        np.savez_compressed(
-            partial,
-            images=self.images,
-            labels=self.labels,
-            num_classes=self.num_classes,
-        )
-        digest = hashlib.sha256(partial.read_bytes()).hexdigest()
-        os.replace(partial, path / _ARRAYS)
-        details = {**self.statement.details, _DIGEST: digest}
-        statement = dataclasses.replace(self.statement, details=details)
+        with replacing(path / _ARRAYS) as partial:
+            np.savez_compressed(
+                partial,
+                images=self.images,
+                labels=self.labels,
+                num_classes=self.num_classes,
+            )
+            digest = digest_of(partial.read_bytes())
+        statement = with_digest(self.statement, _DIGEST, digest)
         (path / _TEXT).write_text(self.statement.to_text(), encoding="utf-8")
         (path / _STATEMENT).write_text(statement.to_json(), encoding="utf-8")
 
@@ -105,7 +107,11 @@ class DistilledDataset:
         path = Path(folder)
         text = (path / _STATEMENT).read_text(encoding="utf-8")
         content = (path / _ARRAYS).read_bytes()
-        statement = _statement_of(content, PrivacyStatement.from_json(text), path)
+        statement, digest = split_digest(PrivacyStatement.from_json(text), _DIGEST)
+        if digest not in (None, digest_of(content)):
+            mend = "One of them was overwritten: take those that were saved together."
+            expected = f"a folder whose {_STATEMENT} is of its {_ARRAYS}"
+            raise _validate.invalid("folder", str(path), expected, mend)
         with np.load(io.BytesIO(content)) as arrays:
             return cls(
                 images=arrays["images"],
@@ -146,19 +152,6 @@ class DistilledDataset:
             span = max(float(np.ptp(image)), 1e-12)
             row[:, column] = (image - image.min()) / span
         return row.reshape(height, columns * width, colours)
-
-
-def _statement_of(
-    content: bytes, statement: PrivacyStatement, folder: Path
-) -> PrivacyStatement:
-    """The statement as it was before it was saved, refused if it is of other images."""
-    details = dict(statement.details)
-    digest = details.pop(_DIGEST, None)
-    if digest is not None and digest != hashlib.sha256(content).hexdigest():
-        mend = "One of them was overwritten: take those that were saved together."
-        expected = f"a folder whose {_STATEMENT} is of its {_ARRAYS}"
-        raise _validate.invalid("folder", str(folder), expected, mend)
-    return dataclasses.replace(statement, details=details)
 
 
 def balanced_labels(images_per_class: int, num_classes: int) -> np.ndarray:

@@ -75,15 +75,14 @@ class NoiseSource(keras.layers.Layer):
         self.key.assign(key)
         self.counter.assign(counter)
 
-    def renew(self, entropy: np.ndarray | None = None) -> None:
+    def renew(self, entropy: np.ndarray) -> None:
         """Takes a new key; a source with a seed keeps its own.
 
         Args:
-            entropy: 16 secret bytes as uint8 `[16]`, the same on all workers; by
-                default from the operating system.
+            entropy: uint8 `[16]`, from `secret_bytes`, the same on all workers.
         """
         if self.seed is None:
-            self.key.assign(_words(secret_bytes() if entropy is None else entropy))
+            self.key.assign(_words(entropy))
 
     def advance(self) -> tf.Tensor:
         """Takes the next number; call once per update, before it draws anything.

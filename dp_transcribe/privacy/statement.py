@@ -230,6 +230,23 @@ def statement_from_ledger(
     )
 
 
+def with_digest(
+    statement: PrivacyStatement, name: str, digest: str
+) -> PrivacyStatement:
+    """The statement with the digest of the file that it is kept beside."""
+    details = {**statement.details, name: digest}
+    return dataclasses.replace(statement, details=details)
+
+
+def split_digest(
+    statement: PrivacyStatement, name: str
+) -> tuple[PrivacyStatement, str | None]:
+    """The opposite of `with_digest`; None for a statement that names no file."""
+    details = dict(statement.details)
+    digest = details.pop(name, None)
+    return dataclasses.replace(statement, details=details), digest
+
+
 def installed_versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide the result."""
     versions = {"python": platform.python_version()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -18,14 +17,11 @@ import numpy as np
 import tensorflow as tf
 
 from dp_transcribe import _validate
+from dp_transcribe._files import digest_of, replacing
 from dp_transcribe.distillation.linear import check_labels
 from dp_transcribe.distillation.releases import RELATION, RecordSums, sum_event
 from dp_transcribe.mechanisms.clipping import clipped_gradient_sum
-from dp_transcribe.mechanisms.clipping.validate import (
-    check_sampled,
-    check_student,
-    every_layer,
-)
+from dp_transcribe.mechanisms.clipping.validate import check_sampled, every_layer
 from dp_transcribe.privacy.accounting import ACCOUNTANTS
 from dp_transcribe.privacy.calibration import noise_multiplier_for
 from dp_transcribe.privacy.ledger import Ledger
@@ -34,8 +30,6 @@ from dp_transcribe.students import check_ends_in_logits
 from dp_transcribe.teachers import Teacher
 
 _LOGGER = logging.getLogger(__name__)
-# Records that are hashed at once.
-_ROWS = 1024
 # Variables of models that were trained here, by their ids.
 _TRAINED: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
@@ -165,7 +159,6 @@ def fit_private_teacher(
     """
     plan = training or PrivateTraining()
     _check_model(model, images)
-    check_student(model)
     labels = check_labels(labels, len(images), int(model.output_shape[-1]))
     if plan.batch_size > len(images):
         expected = f"at most the number of records {len(images)}"
@@ -340,13 +333,11 @@ class _Descent:
     def save(self, path: Path) -> None:
         """Writes everything to one file that is never seen half written."""
         values = {f"v{i}": np.asarray(v) for i, v in enumerate(self._variables())}
-        partial = path.with_name(f".partial-{path.name}")
-        with partial.open("wb") as file:
-            os.chmod(partial, 0o600)
-            ledger = self.releases.ledger.to_json()
-            facts = {"facts": self._facts(), "records": self.digest}
+        facts = {"facts": self._facts(), "records": self.digest}
+        ledger = self.releases.ledger.to_json()
+        # Opened here, since NumPy adds an ending to a name of another one.
+        with replacing(path, secret=True) as partial, partial.open("wb") as file:
             np.savez(file, ledger=ledger, **facts, **values)
-        os.replace(partial, path)
 
     def load(self, path: Path) -> None:
         """Goes on from what `save` wrote, if it is of this training."""
@@ -386,14 +377,10 @@ def _refuse_trained(model: keras.Model) -> None:
         )
 
 
-def _digest(images: np.ndarray, labels: np.ndarray) -> str:
-    """SHA-256 of the records in their order."""
-    found = hashlib.sha256()
-    for array in (images, labels):
-        found.update(f"{array.dtype} {array.shape}".encode())
-        for start in range(0, len(array), _ROWS):
-            found.update(array[start : start + _ROWS].tobytes())
-    return found.hexdigest()
+def _digest(*records: np.ndarray) -> str:
+    """SHA-256 of the records in their order, their types included."""
+    parts = [f"{part.dtype} {part.shape} {digest_of(part)}" for part in records]
+    return digest_of(" ".join(parts).encode())
 
 
 def _cross_entropy(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
