@@ -302,7 +302,6 @@ def taught_accuracy(
         seed=FLAGS.seed,
     )
     transcriber.fit(verbose=2)
-    reporting.finalize(transcriber)
     answers = reporting.predict_classes(transcriber.student, dataset.test_images)
     return float(np.mean(answers == dataset.test_labels))
 

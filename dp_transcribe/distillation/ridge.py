@@ -77,6 +77,18 @@ class KernelRidgeClassifier:
             outputs.append((gram @ self.coefficients).numpy())
         return np.concatenate(outputs)
 
+    def linear_weights(self) -> np.ndarray:
+        """The regression as weights of the kernel's embeddings, `[features, classes]`.
+
+        Scores are embeddings times weights where the kernel is an inner product.
+        """
+        if self._support is None or self.coefficients is None:
+            raise RuntimeError("The classifier is not fitted. Call `fit` first.")
+        if not self.kernel.is_inner_product:
+            expected = "a kernel that is an inner product"
+            raise _validate.invalid("kernel", self.kernel, expected)
+        return self._support.numpy().T @ self.coefficients
+
     def predict(self, inputs: np.ndarray) -> np.ndarray:
         """Most likely labels, `[n]`."""
         scores = self.decision_function(inputs)

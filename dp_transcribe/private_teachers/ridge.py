@@ -46,25 +46,24 @@ def ridge_teacher(
     **Privacy**: post-processing of the distilled images; their own statement, unit
     `RECORD`.
     """
-    inner, length = kernel, 0.0
-    if isinstance(kernel, InterceptKernel):
-        inner, length = kernel.kernel, kernel.length
-    embedding = embedding_layer(inner)
+    intercept = kernel if isinstance(kernel, InterceptKernel) else None
+    embedding = embedding_layer(kernel if intercept is None else intercept.kernel)
     _validate.positive_finite("sharpness", sharpness)
-    ridge = KernelRidgeClassifier(kernel, penalty=penalty)
-    ridge.fit(distilled.images, distilled.labels)
     present = np.unique(distilled.labels)
     if len(present) < distilled.num_classes:
         expected = f"an image of each of {distilled.num_classes} classes"
         raise _validate.invalid("distilled", present, expected)
-    # The kernels are inner products, so the regression is linear in the embedding.
-    embedded = inner.embed(np.asarray(distilled.images, np.float32)).numpy()
-    coefficients = sharpness * np.asarray(ridge.coefficients)
+    ridge = KernelRidgeClassifier(kernel, penalty=penalty)
+    ridge.fit(distilled.images, distilled.labels)
+    weights = sharpness * ridge.linear_weights()
+    bias = np.zeros(distilled.num_classes, np.float32)
+    if intercept is not None:
+        weights, bias = weights[:-1], intercept.length * weights[-1]
     last = keras.layers.Dense(distilled.num_classes, dtype="float32", name="logits")
     model = keras.Sequential(
         [keras.layers.Input(embedding.image_shape), embedding, last], name="teacher"
     )
-    last.set_weights([embedded.T @ coefficients, length**2 * coefficients.sum(axis=0)])
+    last.set_weights([weights, bias])
     statement = inherit(
         distilled.statement, covered=("teacher",), source="the distilled data set"
     )

@@ -78,3 +78,11 @@ def _empirical_kernel(kernel, inputs, seed, width):
         rows.append(np.concatenate([g.numpy().ravel() for g in gradients]))
     rows = np.stack(rows)
     return rows @ rows.T
+
+
+def test_only_an_inner_product_is_linear_in_its_embeddings():
+    model = KernelRidgeClassifier(RBFKernel())
+    with pytest.raises(RuntimeError, match="not fitted"):
+        model.linear_weights()
+    with pytest.raises(ValueError, match="`kernel`.*inner product"):
+        model.fit(np.eye(2), [0, 1]).linear_weights()
