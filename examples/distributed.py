@@ -28,8 +28,12 @@ import dp_transcribe as dpt
 from dp_transcribe import reporting, workers
 from dp_transcribe.data import ImageDataset, load_dataset
 from dp_transcribe.generators.priors import default_prior
+from dp_transcribe.reference_teachers import (
+    ConvRecipe,
+    conv_teacher,
+    train_conv_teacher,
+)
 from dp_transcribe.students import lenet_student
-from dp_transcribe.teachers import TeacherRecipe, conv_teacher, train_teacher
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("workers", None, "Starts so many processes here.", lower_bound=2)
@@ -46,7 +50,7 @@ flags.DEFINE_string("output_dir", "output/distributed", "Where the results go.")
 flags.DEFINE_integer("seed", None, "For tests; the noise is secret without it.")
 flags.DEFINE_bool("resume", False, "Go on from the checkpoint, on every worker.")
 
-RECIPE = TeacherRecipe(filters=(16, 32), units=64, epochs=2, min_steps=150)
+RECIPE = ConvRecipe(filters=(16, 32), units=64, epochs=2, min_steps=150)
 STUDENTS = "student/1"
 CHECKPOINT = "checkpoint.keras"
 
@@ -70,7 +74,7 @@ def make_teacher(strategy: tf.distribute.Strategy, data: ImageDataset) -> Any:
             return dpt.load_teacher(FLAGS.teacher)
     model = conv_teacher(data.image_shape, data.num_classes, recipe=RECIPE)
     if workers.is_chief(strategy):
-        model = train_teacher(
+        model = train_conv_teacher(
             data.train_images,
             data.train_labels,
             num_classes=data.num_classes,

@@ -4,14 +4,14 @@ import runpy
 import sys
 from pathlib import Path
 
-from dp_transcribe import methods
+from dp_transcribe import methods, wavelets
 from dp_transcribe.generators import MLPGenerator
 from dp_transcribe.queries import FreshQueries, QueryPool
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "mnist.py"
+PUBLIC_IMAGES = 1100
 SIZES = {
     "PRETRAINING_STEPS": 1,
-    "PUBLIC_IMAGES": 1100,
     "ConvGenerator": MLPGenerator,
     "pretrain": lambda generator, prior, **_: None,
     "REPLAY_SIZE": 256,
@@ -22,5 +22,6 @@ SIZES = {
 if __name__ == "__main__":
     for name, value in SIZES.items():
         setattr(methods, name, value)
+    wavelets.PUBLIC_IMAGES = PUBLIC_IMAGES
     sys.argv[0] = str(EXAMPLE)
     runpy.run_path(str(EXAMPLE), run_name="__main__")

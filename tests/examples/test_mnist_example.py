@@ -19,7 +19,7 @@ import pytest
 import tensorflow as tf
 
 import dp_transcribe as dpt
-from dp_transcribe import methods
+from dp_transcribe import methods, wavelets
 from dp_transcribe.distillation import (
     Distillation,
     LinearTraining,
@@ -65,6 +65,7 @@ def make_config(prepared, teacher_file):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in small.SIZES.items():
             patch.setattr(methods, name, value)
+        patch.setattr(wavelets, "PUBLIC_IMAGES", small.PUBLIC_IMAGES)
 
         def make(folder, **values):
             paths = {
@@ -293,6 +294,13 @@ def test_summary_says_what_is_not_protected_and_what_to_release(finished):
         ({"epochs": 0}, "epochs"),
         ({"steps_per_epoch": -1}, "steps_per_epoch"),
         ({"seed": -1}, "seed"),
+        ({"teacher_network": "clockwork", "teacher": None}, "teacher_network"),
+        ({"teacher_network": "wavelets"}, "teacher_network"),
+        (
+            {"teacher_network": "wavelets", "teacher": None, "unit": "record"},
+            "teacher_network",
+        ),
+        ({"assistant": True, "unit": "record"}, "assistant"),
     ],
 )
 def test_values_out_of_range_are_refused(config, values, named):
@@ -307,7 +315,7 @@ def nothing_starts(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("too late to refuse")
 
-    monkeypatch.setattr(example, "train_teacher", refuse)
+    monkeypatch.setattr(example, "train_conv_teacher", refuse)
     monkeypatch.setattr(example, "build", refuse)
 
 
@@ -343,9 +351,9 @@ def test_bad_paths_are_refused_before_anything_starts(
 
 
 def test_the_teacher_is_trained_once(config, monkeypatch):
-    recipe = example.TEACHER_RECIPES["mnist"]
+    recipe = example.CONV_RECIPES["mnist"]
     tiny = type(recipe)(filters=(4,), units=8, epochs=1, min_steps=1)
-    monkeypatch.setitem(example.TEACHER_RECIPES, "mnist", tiny)
+    monkeypatch.setitem(example.CONV_RECIPES, "mnist", tiny)
     asked = config(teacher=None)
     data = example.load_dataset("mnist", asked.data_dir)
     first, source = example.own_teacher(asked, data)
@@ -358,8 +366,38 @@ def test_the_teacher_is_trained_once(config, monkeypatch):
     kept.write_bytes(b"damaged")
     assert example.own_teacher(asked, data)[1] == "trained"
     bigger = type(recipe)(filters=(4,), units=9, epochs=1, min_steps=1)
-    monkeypatch.setitem(example.TEACHER_RECIPES, "mnist", bigger)
+    monkeypatch.setitem(example.CONV_RECIPES, "mnist", bigger)
     assert example.own_teacher(asked, data)[1] == "trained"
+
+
+@pytest.fixture
+def quick_wavelets(monkeypatch):
+    """A recipe for wavelets of few updates."""
+    recipe = type(example.WAVELET_RECIPES["mnist"])(
+        directions=100, units=(8,), epochs=1, min_steps=1
+    )
+    monkeypatch.setitem(example.WAVELET_RECIPES, "mnist", recipe)
+
+
+def test_the_teacher_may_see_with_wavelets(config, quick_wavelets):
+    asked = config(teacher=None, teacher_network="wavelets")
+    data = example.load_dataset("mnist", asked.data_dir)
+    teacher, source = example.own_teacher(asked, data)
+    assert source == "trained"
+    assert "whitening" in [layer.name for layer in teacher.model.layers]
+    assert example.own_teacher(asked, data)[1] == "cached"
+
+
+def test_an_assistant_is_transcribed_in_the_teachers_place(config, quick_wavelets):
+    asked = config(assistant=True)
+    run = example.begin(asked)
+    teacher = run.transcriber.teacher
+    assert "whitening" in [layer.name for layer in teacher.model.layers]
+    said = run.recorder.facts["teacher"]
+    given = dpt.load_teacher(asked.teacher)
+    test = run.dataset.test_images, np.asarray(run.dataset.test_labels)
+    assert said["assisted_test_accuracy"] == pytest.approx(given.accuracy(*test))
+    assert said["source"] == f"assistant, {asked.teacher}"
 
 
 def test_resuming_needs_a_checkpoint(config):
