@@ -40,6 +40,7 @@ from dp_transcribe.private_teachers import (
     ridge_teacher,
 )
 from dp_transcribe.queries import FreshQueries, QueryPool
+from dp_transcribe.reference_teachers import train_wavelet_teacher
 from dp_transcribe.shards import train_shard_teachers
 from dp_transcribe.students import replace_batch_norm
 from dp_transcribe.teachers import Teacher, load_teacher
@@ -81,6 +82,7 @@ __all__ = [
     "ridge_teacher",
     "srr",
     "train_shard_teachers",
+    "train_wavelet_teacher",
     "transcribe_private_teacher",
     "wavelet_student",
 ]
