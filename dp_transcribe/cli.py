@@ -37,7 +37,12 @@ from dp_transcribe.evaluation.membership import (
     ask,
     strongest_attack,
 )
-from dp_transcribe.evaluation.records import audit_linear_model, audit_private_teacher
+from dp_transcribe.evaluation.records import (
+    audit_class_means,
+    audit_dpkip,
+    audit_linear_model,
+    audit_private_teacher,
+)
 from dp_transcribe.evaluation.report import audit_report, draw_audit
 from dp_transcribe.evaluation.responses import audit_responses
 from dp_transcribe.evaluation.shards import audit_ensemble_gradient, audit_votes
@@ -59,10 +64,20 @@ BUILDERS: dict[str, Callable[..., DPTranscriber]] = {
 }
 # Audits of the unit RECORD by the mechanism that a statement names.
 RECORD_AUDITS: dict[str, Callable[..., AuditResult]] = {
+    "ClassMeans": audit_class_means,
     "ClippedGradient": audit_private_teacher,
+    "DPKIP": audit_dpkip,
     "EnsembleGradient": audit_ensemble_gradient,
     "NoisyVotes": audit_votes,
     "PrivateLinearModel": audit_linear_model,
+}
+# What a bound in audit.json says something about.
+AUDITED = {
+    Unit.RESPONSE: "the statement's mechanism and noise, in a run of the audit's own",
+    Unit.RECORD: (
+        "the code of the statement's mechanism, calibrated to the statement's epsilon, "
+        "in a run of the audit's own: not the noise that the release had"
+    ),
 }
 EXIT_FLAGGED = 1
 EXIT_REFUSED = 2
@@ -145,7 +160,11 @@ def audit(config: AuditConfig) -> dict[str, Any]:
     inversion = invert_models(models, dataset, folder)
     draw_audit(folder / "audit.png", [(statement.mechanism, audited)], membership)
     report = audit_report(
-        audited, membership, inversion=inversion, dataset_source=dataset.source
+        audited,
+        membership,
+        audited_run=AUDITED[statement.unit],
+        inversion=inversion,
+        dataset_source=dataset.source,
     )
     write_json(folder / "audit.json", report)
     return report
@@ -193,19 +212,20 @@ def audit_claim(statement: PrivacyStatement, config: AuditConfig) -> AuditResult
         statement: of unit `RESPONSE`: its mechanism is audited with its noise, on its
             queries. Of unit `RECORD`: what made the release is audited in the size and
             with the settings of its own audit, calibrated to the statement's epsilon.
-        config: number of canaries, seed, and the delta for `RESPONSE`.
+        config: number of canaries and seed.
 
     Returns:
-        The result.
+        The result, whose claim is the statement's.
 
     Raises:
         ValueError: there is no audit of what the statement describes.
     """
     terms: dict[str, Any] = {"canaries": config.canaries, "seed": config.seed}
     if statement.unit is Unit.RESPONSE:
-        terms.update(target_epsilon=None, delta=config.delta)
-        return audit_responses(*released_by(statement), **terms)
-    last = statement.mechanism.rpartition(" + ")[2]
+        terms.update(target_epsilon=None, delta=statement.delta)
+        result = audit_responses(*released_by(statement), **terms)
+        return dataclasses.replace(result, claimed_epsilon=statement.epsilon)
+    last = statement.mechanism.rpartition(" + ")[2].removesuffix(" (votes)")
     if last not in RECORD_AUDITS:
         expected = f"a statement of one of {sorted(RECORD_AUDITS)} for the unit RECORD"
         raise _validate.invalid("student", statement.mechanism, expected)
@@ -231,8 +251,14 @@ def released_by(statement: PrivacyStatement) -> tuple[Mechanism, Queries]:
         expected = "a student with a statement of its mechanism and queries"
         mend = "Transcribe again with this version, or audit a `--method`."
         raise _validate.invalid("student", statement.mechanism, expected, mend)
-    pooled = "updates" in details["queries"]
-    queries = (QueryPool if pooled else FreshQueries)(**details["queries"])
+    settings = dict(details["queries"])
+    pooled = "updates" in settings
+    if pooled:
+        # A pool that was not used up has cost less, and fewer fill no pool.
+        fewest = -(-settings["size"] // settings["batch_size"])
+        made = max(details["releases"], fewest)
+        settings["updates"] = min(settings["updates"], made)
+    queries = (QueryPool if pooled else FreshQueries)(**settings)
     return kind(**details["mechanism"]), queries
 
 

@@ -6,6 +6,8 @@ import itertools
 from typing import Any
 
 import keras
+import numpy as np
+import tensorflow as tf
 
 from dp_transcribe import _validate
 from dp_transcribe.losses.objective import GeneratorObjective
@@ -18,10 +20,17 @@ from dp_transcribe.students import check_student
 from dp_transcribe.teachers import Teacher
 
 
-def check_source(name: str, source: Any, teacher: Teacher) -> None:
-    """Refuses a generator whose images the teacher does not take."""
+def check_source(
+    name: str, source: Any, teacher: Teacher, *, trained: bool = False
+) -> None:
+    """Refuses a generator that cannot be asked, or whose images the teacher cannot."""
     if source is None and name == "public_prior":
         return
+    for method in ("sample", "draw_inputs") if trained else ("sample",):
+        if not callable(getattr(source, method, None)):
+            mend = "Derive it from `TrainableGenerator` or `ProceduralGenerator`."
+            expected = f"a generator with the method `{method}`"
+            raise _validate.invalid(name, source, expected, mend)
     for own, of_teacher in (
         ("image_shape", "input_shape"),
         ("output_range", "input_range"),
@@ -46,6 +55,46 @@ def check_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
         mend = "Losses are not scaled here: take the optimizer itself."
         expected = "an optimizer without loss scaling"
         raise _validate.invalid("student_optimizer", optimizer, expected, mend)
+
+
+def check_own_optimizer(generator_optimizer: Any, student_optimizer: Any) -> None:
+    """Refuses one optimizer for two models: it keeps slots for one of them."""
+    if generator_optimizer is student_optimizer:
+        expected = "another optimizer than the student's"
+        raise _validate.invalid("generator_optimizer", generator_optimizer, expected)
+
+
+def check_validation_data(data: Any, teacher: Teacher) -> None:
+    """Refuses what would fail at the end of an epoch, when it has been paid for.
+
+    Args:
+        data: None, `(images, labels)`, the same with weights, or a `tf.data.Dataset` of
+            batches of that; of anything else Keras judges.
+        teacher: whose images and classes they are to be of.
+    """
+    batches = isinstance(data, tf.data.Dataset)
+    parts = data.element_spec if batches else data
+    if not isinstance(parts, (tuple, list)):
+        return
+    shapes = [
+        part.shape if isinstance(part, tf.TypeSpec) else tf.TensorShape(np.shape(part))
+        for part in parts
+    ]
+    wanted = (None, *teacher.input_shape)
+    fits = len(parts) in (2, 3) and shapes[0].is_compatible_with(wanted)
+    if not fits or any(
+        not shape[:1].is_compatible_with(shapes[0][:1]) for shape in shapes[1:]
+    ):
+        expected = f"(images, labels), as many of each, with images of shape {wanted}"
+        found = f"shapes {[str(shape) for shape in shapes]}"
+        raise _validate.invalid("validation_data", found, expected)
+    labels = np.zeros(0) if batches else np.asarray(parts[1])
+    if labels.dtype.kind not in "iu" or labels.ndim != 1 or not len(labels):
+        return
+    if not 0 <= labels.min() <= labels.max() < teacher.num_classes:
+        expected = f"labels 0..{teacher.num_classes - 1}"
+        found = f"labels {labels.min()}..{labels.max()}"
+        raise _validate.invalid("validation_data", found, expected)
 
 
 def check_learns(student: keras.Model) -> None:

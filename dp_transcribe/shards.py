@@ -196,20 +196,22 @@ class _Job:
 
     def run(self, shards: Iterable[int]) -> None:
         """Trains the teachers of these shards, one after the other."""
-        model = self._member()
-        first_weights = model.get_weights()
         # Ours leave nothing behind in a model; what another leaves is not known.
         renewed = type(self.fit) not in (RidgeFit, ShardTraining)
-        for number, shard in enumerate(shards):
-            if renewed and number:
+        model, first = None, []
+        for shard in shards:
+            if model is None or renewed:
                 model = self._member(former=model)
+                # With the states of random layers.
+                first = [(v, keras.ops.convert_to_numpy(v)) for v in model.variables]
             rows = self.plan.indices(shard)
             keras.utils.set_random_seed(self.plan.seed + shard)
-            model.set_weights(first_weights)
+            for variable, value in first:
+                variable.assign(value)
             self.fit(model, self.inputs[rows], self.labels[rows])
             _save(self.folder, shard, model)
 
-    def _member(self, former: keras.Model | None = None) -> keras.Model:
+    def _member(self, former: keras.Model | None) -> keras.Model:
         """A model of `model_fn` under the seed, which is not the former one."""
         keras.utils.set_random_seed(self.plan.seed)
         model = self.model_fn()

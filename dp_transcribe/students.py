@@ -272,6 +272,12 @@ def _check_shapes(student: keras.Model, teacher: Any) -> None:
         expected = "a built Functional or Sequential model"
         raise invalid("student", student, expected, "Start it with `keras.Input`.")
     inputs, outputs = student.input_shape, student.output_shape
+    alone = isinstance(inputs, tuple) and not keras.tree.is_nested(
+        student.compute_output_spec(keras.KerasTensor(inputs))
+    )
+    if not alone:
+        expected = "a student from one tensor to one tensor, neither in a dict or list"
+        raise invalid("student", f"{inputs} -> {outputs}", expected)
     if tuple(inputs[1:]) != tuple(teacher.input_shape):
         expected = f"a student of the teacher's input shape {teacher.input_shape}"
         raise invalid("student", f"input shape {inputs}", expected)

@@ -73,9 +73,11 @@ class Teacher:
             model = _load(model)
         one_of("outputs", outputs, (None, "logits", "probabilities"))
         self.model = model if isinstance(model, keras.Model) else None
-        self._forward, known_shape, known_outputs = _as_function(model)
-        self.input_shape = _check_input_shape(input_shape, known_shape)
         self.input_range = _check_input_range(input_range)
+        self._forward, known_shape, known_outputs = _as_function(
+            model, self.input_range
+        )
+        self.input_shape = _check_input_shape(input_shape, known_shape)
         probe = self._probe()
         self.num_classes = int(probe.shape[-1])
         self.outputs: Outputs = outputs or known_outputs or _detect_outputs(probe)
@@ -187,7 +189,7 @@ class Teacher:
         low, high = self.input_range
         shape = (_PROBE_IMAGES, *self.input_shape)
         images = tf.random.stateless_uniform(shape, (0, 0), low, high)
-        answer = tf.convert_to_tensor(self._forward(images))
+        answer = self._answer_to_probe(images)
         rows = answer.shape[0] if answer.shape.rank == 2 else None
         if rows != shape[0] or answer.shape[1] < 2:
             expected = "a classifier returning [batch, classes], two classes or more"
@@ -198,6 +200,21 @@ class Teacher:
             mend = "State the range of pixels it was trained on in `input_range`."
             raise invalid("model", self.model, "finite class scores", mend)
         return scores
+
+    def _answer_to_probe(self, images: tf.Tensor) -> tf.Tensor:
+        """Asks as training does, in a graph where it is the caller's function."""
+        forward = (
+            self._forward if self.model is not None else tf.function(self._forward)
+        )
+        try:
+            return tf.convert_to_tensor(forward(images))
+        except Exception as error:  # whatever somebody else's function raises
+            expected = "a classifier returning one tensor [batch, classes]"
+            mend = (
+                "Wrap it in a function that picks its class scores, and what is not of "
+                f"TensorFlow in `tf.numpy_function` ({error})."
+            )
+            raise invalid("model", self.model, expected, mend) from error
 
 
 def as_teacher(teacher: Teacher | Any) -> Teacher:
@@ -272,7 +289,7 @@ def _load(path: str | os.PathLike[str]) -> Any:
 _Unwrapped = tuple[Callable[[Any], Any], tuple | None, Outputs | None]
 
 
-def _as_function(model: Any) -> _Unwrapped:
+def _as_function(model: Any, input_range: tuple[float, float]) -> _Unwrapped:
     """The forward function of `model`, its input shape and outputs where known."""
     if isinstance(model, keras.Model):
         shape = getattr(model, "input_shape", None)
@@ -280,13 +297,15 @@ def _as_function(model: Any) -> _Unwrapped:
         return (lambda images: model(images, training=False)), known, None
     signatures = getattr(model, "signatures", None)
     if signatures is not None:
-        return _as_signature(model, signatures)
+        return _as_signature(model, signatures, input_range)
     if callable(model):
         return model, None, None
     raise invalid("model", model, "a Keras model, the path of one or a callable")
 
 
-def _as_signature(model: Any, signatures: Any) -> _Unwrapped:
+def _as_signature(
+    model: Any, signatures: Any, input_range: tuple[float, float]
+) -> _Unwrapped:
     """A SavedModel's serving function, by its only input and its class scores."""
     if "serving_default" not in signatures:
         expected = "a SavedModel with the signature 'serving_default'"
@@ -300,11 +319,16 @@ def _as_signature(model: Any, signatures: Any) -> _Unwrapped:
         mend = "Wrap it in a function of the images that returns the class scores."
         raise invalid("model", f"{list(inputs)} -> {names}", expected, mend)
     (key, spec), output = next(iter(inputs.items())), chosen[0]
+    if spec.dtype.is_integer and input_range[1] <= 1.0:
+        expected = f"the range of pixels of type {spec.dtype.name}, e.g. (0, 255)"
+        raise invalid("input_range", input_range, expected)
     stated: dict[str, Outputs] = {"logits": "logits", "probabilities": "probabilities"}
 
     def forward(images: Any) -> tf.Tensor:
         # Through `model`, to keep it alive: a signature alone lets go of its variables.
         serve = model.signatures["serving_default"]
+        if spec.dtype.is_integer:
+            images = tf.round(images)
         return serve(**{key: tf.cast(images, spec.dtype)})[output]
 
     return forward, tuple(spec.shape[1:]), stated.get(output)

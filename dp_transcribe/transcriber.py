@@ -274,8 +274,10 @@ class DPTranscriber(keras.Model):
             compatibility.check_objective(
                 self.objective, self.mechanism, self.second_student
             )
-        for name in ("generator", "public_prior"):
-            compatibility.check_source(name, getattr(self, name), self.teacher)
+        compatibility.check_source(
+            "generator", self.generator, self.teacher, trained=self.trains_generator
+        )
+        compatibility.check_source("public_prior", self.public_prior, self.teacher)
         compatibility.check_queries(
             self.queries, self.mechanism, self._num_replicas, self.student
         )
@@ -310,14 +312,15 @@ class DPTranscriber(keras.Model):
                 where it makes convolutions several times slower.
 
         Raises:
-            ValueError: the optimizer scales losses, or `optimizer` is given: there are
-                two of them.
+            ValueError: the optimizer scales losses, or one object is to be both, or
+                `optimizer` is given: there are two of them.
         """
         if "optimizer" in kwargs:
             expected = "`student_optimizer`, and `generator_optimizer` if it learns"
             raise _validate.invalid("optimizer", kwargs["optimizer"], expected)
         student_optimizer = keras.optimizers.get(student_optimizer)
         compatibility.check_optimizer(student_optimizer)
+        compatibility.check_own_optimizer(generator_optimizer, student_optimizer)
         if loss is None:
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         if not tf.config.list_physical_devices("GPU"):
@@ -527,6 +530,7 @@ class DPTranscriber(keras.Model):
                 ", ".join(sorted(data)), "data or weights", expected
             )
         compatibility.check_learns(self.student)
+        compatibility.check_validation_data(validation_data, self.teacher)
         self._check_ledger()
         self.budget.plan(
             target_epsilon=target_epsilon,

@@ -17,7 +17,14 @@ from dp_transcribe.data import ImageDataset
 from dp_transcribe.evaluation import AuditResult, Inversion, invert
 from dp_transcribe.export import export_student
 from dp_transcribe.mechanisms import NormalizedGradient
-from dp_transcribe.privacy import Ledger, Relation, Spend, Unit, statement_from_ledger
+from dp_transcribe.privacy import (
+    Ledger,
+    PrivacyStatement,
+    Relation,
+    Spend,
+    Unit,
+    statement_from_ledger,
+)
 from dp_transcribe.queries import QueryPool
 from tests import tiny
 
@@ -65,6 +72,10 @@ def command(models, tmp_path, *more):
     ]
 
 
+def statement_beside(models):
+    return models / "student" / "1" / "assets.extra" / "statement.json"
+
+
 def test_an_exported_student_is_audited_by_its_own_statement(
     small, models, tmp_path, capsys
 ):
@@ -73,7 +84,8 @@ def test_an_exported_student_is_audited_by_its_own_statement(
     report = json.loads((tmp_path / "audit.json").read_text())
     assert report["unit"] == "RESPONSE"
     assert report["mechanism"] == "NormalizedGradient"
-    assert 1.9 < report["claimed_epsilon"] <= 2.0
+    told = json.loads(statement_beside(models).read_text())
+    assert report["claimed_epsilon"] == told["epsilon"]
     assert 0.0 <= report["epsilon_lower_bound"] <= report["claimed_epsilon"]
     assert report["confidence"] == 0.95
     for name in ("teacher", "student"):
@@ -150,6 +162,32 @@ def test_a_statement_of_an_ensemble_is_audited_by_its_own_audit(name, monkeypatc
     config = cli.AuditConfig(teacher="unused", canaries=64, delta=0.1, seed=1)
     cli.audit_claim(statement_for_records(name), config)
     assert asked == {"target_epsilon": 2.0, "delta": 1e-6, "canaries": 64, "seed": 1}
+
+
+@pytest.mark.parametrize(("noise", "flagged"), [(5.0, False), (0.02, True)])
+def test_what_is_claimed_is_what_the_statement_says(models, noise, flagged):
+    told = PrivacyStatement.from_json(statement_beside(models).read_text())
+    mechanism = told.details["mechanism"] | {"noise_multiplier": noise}
+    queries = told.details["queries"] | {"size": 2000, "batch_size": 2000}
+    edited = dataclasses.replace(
+        told,
+        epsilon=1.0,
+        details=told.details
+        | {"mechanism": mechanism, "queries": queries | {"updates": 40}, "releases": 1},
+    )
+    config = cli.AuditConfig(teacher="unused", canaries=2000, delta=0.1, seed=1)
+    result = cli.audit_claim(edited, config)
+    assert (result.claimed_epsilon, result.delta) == (1.0, told.delta)
+    assert result.flagged is flagged, result
+
+
+@pytest.mark.parametrize("name", ["ClassMeans", "DPKIP", "NoisyVotes (votes)"])
+def test_every_statement_for_records_that_is_made_here_has_an_audit(name, monkeypatch):
+    for audit in cli.RECORD_AUDITS:
+        monkeypatch.setitem(cli.RECORD_AUDITS, audit, lambda **_: audited())
+    before = "NoisyVotes (check) + " if "votes" in name else ""
+    config = cli.AuditConfig(teacher="unused", canaries=64, seed=1)
+    assert cli.audit_claim(statement_for_records(before + name), config) == audited()
 
 
 def test_a_statement_that_nothing_audits_is_refused():

@@ -139,6 +139,35 @@ def test_training_resumes_where_it_stopped_with_the_same_teachers(tmp_path):
     assert not list(tmp_path.glob(".partial*"))
 
 
+def forgetful_member():
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            layers.Input(tiny.IMAGE),
+            layers.Flatten(),
+            layers.Dropout(0.5),
+            layers.Dense(tiny.CLASSES),
+        ]
+    )
+
+
+def test_teachers_with_dropout_are_trained_anew_as_before(tmp_path):
+    def trained():
+        return train_shard_teachers(
+            forgetful_member,
+            private_data(),
+            shards=SHARDS,
+            fit=ShardTraining(epochs=2),
+            folder=tmp_path,
+        ).get_weights()
+
+    whole = trained()
+    for lost in (1, 3):
+        (tmp_path / f"teacher_{lost:05d}.npz").unlink()
+    for one, other in zip(whole, trained(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize(
     "change",
     [

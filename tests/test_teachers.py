@@ -142,10 +142,10 @@ def test_missing_and_damaged_files_are_named(model, tmp_path):
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        (lambda x: tf.zeros([len(x)]), "batch, classes"),
-        (lambda x: tf.zeros([len(x), 1]), "two classes"),
+        (lambda x: tf.zeros(tf.shape(x)[:1]), "batch, classes"),
+        (lambda x: x[:, 0, 0, :1], "two classes"),
         (lambda x: tf.zeros([1, 10]), "batch, classes"),
-        (lambda x: tf.fill([len(x), 3], np.nan), "finite"),
+        (lambda x: x[:, 0, :3, 0] * np.nan, "finite"),
     ],
 )
 def test_what_is_no_classifier_is_refused(output, message):
@@ -164,3 +164,45 @@ def test_bad_arguments_are_refused(model):
         Teacher(model, input_range=(1.0, 0.0))
     with pytest.raises(ValueError, match="`model`"):
         Teacher(42)
+
+
+@pytest.mark.parametrize(
+    "classifier",
+    [
+        lambda x: {"logits": tf.zeros([32, 3])},
+        lambda x: np.asarray(x).mean(axis=(1, 2))[:, :2],
+        lambda x: keras.ops.convert_to_numpy(x),
+    ],
+)
+def test_functions_that_no_graph_can_hold_are_refused_at_once(classifier):
+    with pytest.raises(ValueError, match="`model`.*numpy_function"):
+        Teacher(classifier, input_shape=(8, 8, 2))
+
+
+def test_a_function_of_arrays_may_be_wrapped():
+    def forward(images):
+        scores = tf.numpy_function(
+            lambda x: np.stack([x.mean((1, 2, 3)), x.max((1, 2, 3))], 1),
+            [images],
+            tf.float32,
+        )
+        return tf.ensure_shape(scores, (None, 2))
+
+    assert Teacher(forward, input_shape=(8, 8, 2)).num_classes == 2
+
+
+def test_whole_number_pixels_need_their_range(tmp_path):
+    module = tf.Module()
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 4, 4, 1), tf.uint8)])
+    def serve(images):
+        mean = tf.reduce_mean(tf.cast(images, tf.float32), [1, 2, 3])
+        return {"logits": tf.stack([mean, -mean], 1)}
+
+    path = str(tmp_path / "whole")
+    tf.saved_model.save(module, path, signatures={"serving_default": serve})
+    with pytest.raises(ValueError, match="`input_range`.*uint8.*255"):
+        load_teacher(path)
+    teacher = load_teacher(path, input_range=(0, 255))
+    logits = teacher.logits(tf.fill([1, 4, 4, 1], 199.7))
+    np.testing.assert_allclose(logits, [[200.0, -200.0]])

@@ -398,3 +398,96 @@ def test_what_the_accounting_reads_cannot_be_changed_under_a_traced_step(name, v
     fit(model)
     with pytest.raises(AttributeError):
         setattr(model, name, value)
+
+
+class NoSample:
+    image_shape, output_range = tiny.IMAGE, (0.0, 1.0)
+
+
+@keras.saving.register_keras_serializable("tests")
+class NoInputs(keras.Model):
+    """Has samples, but nothing that an update could draw."""
+
+    image_shape, output_range = tiny.IMAGE, (0.0, 1.0)
+
+    def sample(self, n, seed):
+        return tiny.UniformPixels(tiny.IMAGE).sample(n, seed)
+
+
+@pytest.mark.parametrize(
+    ("generator", "method"), [(NoSample(), "sample"), (NoInputs(), "draw_inputs")]
+)
+def test_a_generator_that_cannot_be_asked_is_refused(generator, method):
+    with pytest.raises(ValueError, match=f"`generator`.*the method `{method}`"):
+        dpt.DPTranscriber(
+            tiny.linear_teacher(),
+            tiny.linear_model(),
+            generator,
+            mechanism=NormalizedGradient(noise_multiplier=1.0),
+        )
+
+
+def test_one_optimizer_for_two_models_is_refused():
+    model = tiny.transcriber(NormalizedGradient(noise_multiplier=1.0))
+    shared = keras.optimizers.Adam()
+    with pytest.raises(ValueError, match="`generator_optimizer`"):
+        model.compile(student_optimizer=shared, generator_optimizer=shared)
+    model.compile(student_optimizer="adam", generator_optimizer="adam")
+
+
+@pytest.mark.parametrize("name", ["input", "output"])
+def test_a_student_with_two_inputs_or_outputs_is_refused(name):
+    images = keras.layers.Input(tiny.IMAGE)
+    logits = keras.layers.Dense(10)(keras.layers.Flatten()(images))
+    inputs = {"a": images, "b": keras.layers.Input(())} if name == "input" else images
+    outputs = {"a": logits} if name == "output" else logits
+    student = keras.Model(inputs, outputs)
+    with pytest.raises(ValueError, match="`student`.*one tensor"):
+        dpt.DPTranscriber(
+            tiny.linear_teacher(),
+            student,
+            tiny.UniformPixels(tiny.IMAGE),
+            mechanism=NormalizedGradient(noise_multiplier=1.0),
+        )
+
+
+def _batches(images, labels):
+    return tf.data.Dataset.from_tensor_slices((images, labels)).batch(4)
+
+
+IMAGES, LABELS = np.zeros((8, *tiny.IMAGE), np.float32), np.arange(8) % 10
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        (IMAGES[:, :7], LABELS),
+        (IMAGES, LABELS[:7]),
+        (IMAGES,),
+        (IMAGES, LABELS + 5),
+        (IMAGES, LABELS - 1),
+        _batches(IMAGES[:, :7], LABELS),
+    ],
+)
+def test_validation_data_that_fit_nothing_cost_nothing(data):
+    model = tiny.transcriber(NormalizedGradient(noise_multiplier=50.0))
+    weights = tiny.flat_weights(model.student)
+    with pytest.raises(ValueError, match="`validation_data`"):
+        fit(model, target_epsilon=8.0, validation_data=data)
+    assert_untouched(model, weights)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        (IMAGES, LABELS),
+        (IMAGES, LABELS, np.ones(8)),
+        (tf.constant(IMAGES), tf.constant(LABELS)),
+        (IMAGES, LABELS[:, None]),
+        _batches(IMAGES, LABELS),
+    ],
+)
+def test_validation_data_may_have_any_usual_form(data):
+    model = tiny.transcriber(NormalizedGradient(noise_multiplier=50.0))
+    history = fit(model, target_epsilon=8.0, validation_data=data)
+    assert "val_loss" in history.history

@@ -86,12 +86,13 @@ def audit_votes(
     included = flip_coins(ensembles * per_ensemble, seed)
     noise = NoiseSource(seed)
     shards = _canaries_of_shards(mechanism.num_teachers)
-    scores = []
+    released = []
     for coins in included.reshape(ensembles, per_ensemble):
         answers = _canary_votes(shards, coins)
         stream = noise.stream(noise.advance(), ANSWERS)
-        released = calibrated.release(answers, tf.ones_like(answers), stream)
-        scores.append(np.einsum("cqk,qk->c", patterns, released.answers.numpy()))
+        release = calibrated.release(answers, tf.ones_like(answers), stream)
+        released.append(release.answers.numpy())
+    seen = np.stack(released)
     ledger = Ledger()
     spend = Spend(
         unit=mechanism.unit,
@@ -101,7 +102,13 @@ def audit_votes(
     )
     ledger.record(spend, per_ensemble)
     return audit_scores(
-        {"votes": np.concatenate(scores)},
+        {
+            name: np.einsum("cqk,eqk->ec", patterns, votes).ravel()
+            for name, votes in {
+                "votes": seen,
+                "votes less their mean over ensembles": seen - seen.mean(axis=0),
+            }.items()
+        },
         included,
         ledger,
         unit=mechanism.unit,

@@ -109,6 +109,15 @@ def reused_noise(monkeypatch):
     )
 
 
+def reused_stream(monkeypatch):
+    drawn, first = NoiseSource.stream, tf.zeros([], tf.int64)
+    monkeypatch.setattr(
+        NoiseSource,
+        "stream",
+        lambda self, number, *a, **kwargs: drawn(self, first, *a, **kwargs),
+    )
+
+
 def overlapping_shards(monkeypatch):
     """Every record is in its own shard and in the two before."""
     own = ShardPlan.indices
@@ -211,7 +220,9 @@ def test_votes_of_disjoint_shards_are_not_flagged():
     assert result.gaussian_lower_bound > 0.8
 
 
-@pytest.mark.parametrize("mutant", [without_noise, weak_noise, overlapping_shards])
+@pytest.mark.parametrize(
+    "mutant", [without_noise, weak_noise, reused_stream, overlapping_shards]
+)
 def test_a_bug_planted_in_the_votes_is_flagged(mutant, monkeypatch):
     mutant(monkeypatch)
     result = audit_votes(target_epsilon=4.0, **VOTES)
