@@ -38,6 +38,7 @@ _CERTAIN = 30.0
 _BELIEF = 3.0
 # So small that the student, and with it every gradient's direction, hardly moves.
 _RATE = 1e-4
+_BATCHES_OF_ANSWERS = 8
 # Steps after the last canary was stored, to see whether an answer is drawn again.
 _LOOKS = 6
 
@@ -76,8 +77,11 @@ def audit_responses(
     """
     _validate.positive_int("canaries", canaries)
     if isinstance(mechanism, AnswerMechanism):
-        queries = FreshQueries(batch_size=min(canaries, CHUNK))
-    queries = _scaled(queries or FreshQueries(), canaries)
+        # Several, so that noise which comes twice can be seen.
+        size = max(min(canaries // _BATCHES_OF_ANSWERS, CHUNK), 1)
+        queries = FreshQueries(batch_size=size)
+    else:
+        queries = _scaled(queries or FreshQueries(), canaries)
     run = _AuditedRun(mechanism, queries, canaries, seed)
     run.transcriber.fit(
         epochs=1,
@@ -231,7 +235,14 @@ class _AuditedRun(keras.callbacks.Callback):
             # Every look at a stored answer is the same, unless it is drawn anew.
             born = np.repeat(np.arange(self.rounds), self.size)
             looks = np.arange(len(seen))[:, None] >= born
-            return {"stored answers": (seen * looks).sum(0) / looks.sum(0)}
+            stored = (seen * looks).sum(0) / looks.sum(0)
+            by_round = stored.reshape(self.rounds, self.size)
+            return {
+                "stored answers": stored,
+                "stored answers less their mean over batches": (
+                    by_round - by_round.mean(axis=0)
+                ).ravel(),
+            }
         if self.steps_per_round == 1:
             centred = seen - seen.mean(axis=0)
             return {

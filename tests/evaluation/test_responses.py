@@ -51,6 +51,11 @@ def test_correct_code_is_not_flagged_and_the_bound_is_not_zero(name):
     assert found > (0.3 if name == "pool" else 1.0)
 
 
+@pytest.mark.parametrize("name", AUDITED)
+def test_correct_code_is_not_flagged_as_mutants_are(name):
+    assert not audit(name).flagged
+
+
 def test_a_pure_mechanism_is_audited_without_delta_and_tightly():
     result = audit("response", target_epsilon=1.0)
     assert result.delta == 0.0
@@ -120,6 +125,16 @@ def reused_noise(monkeypatch):
     )
 
 
+def reused_stream(monkeypatch):
+    """As `reused_noise`, for noise of rows and of answers."""
+    drawn, first = NoiseSource.stream, tf.zeros([], tf.int64)
+    monkeypatch.setattr(
+        NoiseSource,
+        "stream",
+        lambda self, number, *a, **kwargs: drawn(self, first, *a, **kwargs),
+    )
+
+
 def labels_drawn_again(monkeypatch):
     """Before every update the stored queries are answered anew."""
     update = AnswerLearner.update
@@ -152,16 +167,23 @@ MUTANTS = [
     ("normalized", without_noise),
     ("normalized", weak_noise),
     ("normalized", without_clipping),
-    ("clipped", without_clipping),
     ("normalized", reused_noise),
+    ("clipped", without_clipping),
+    ("clipped", weak_noise),
     ("output", without_noise),
+    ("output", weak_noise),
+    ("output", reused_stream),
     ("noisy answer", without_noise),
     ("noisy answer", weak_noise),
+    ("noisy answer", reused_stream),
     ("response", certain_response),
+    ("response", reused_stream),
     ("selective", certain_response),
+    ("selective", reused_stream),
     ("selective", candidates_of_the_teacher),
     ("pool", without_noise),
     ("pool", weak_noise),
+    ("pool", without_clipping),
     ("pool", reused_noise),
 ]
 
@@ -174,7 +196,7 @@ def test_a_planted_bug_is_flagged(name, mutant, monkeypatch):
     assert result.flagged, result
 
 
-@pytest.mark.parametrize("name", ["response", "noisy answer"])
+@pytest.mark.parametrize("name", ["response", "selective", "noisy answer"])
 def test_labels_drawn_again_are_flagged(name, monkeypatch):
     labels_drawn_again(monkeypatch)
     mechanism, queries = AUDITED[name]
