@@ -8,7 +8,9 @@ from sklearn.metrics import roc_auc_score
 
 from dp_transcribe.evaluation import (
     Answers,
+    MembershipResult,
     ask,
+    membership,
     offline_lira,
     regression_attack,
     strongest_attack,
@@ -95,3 +97,14 @@ def test_names_in_json():
 def test_rows_without_labels_are_refused():
     with pytest.raises(ValueError, match="`member_labels`"):
         Answers(np.zeros((3, 2)), np.zeros(2), np.zeros((3, 2)), np.zeros(3))
+
+
+def test_each_rate_that_is_reported_is_the_best_attacks(monkeypatch):
+    def found(auc, at_1e_3, at_1e_2):
+        result = MembershipResult(auc, at_1e_3, at_1e_2, "made up", 1, 1, ())
+        return lambda *_, **__: result
+
+    monkeypatch.setattr(membership, "threshold_attack", found(0.6, 0.0, 0.3))
+    monkeypatch.setattr(membership, "regression_attack", found(0.5, 0.1, 0.2))
+    best = strongest_attack(None)
+    assert (best.auc, best.tpr_at_1e_3, best.tpr_at_1e_2) == (0.6, 0.1, 0.3)
