@@ -189,7 +189,12 @@ class Teacher:
         low, high = self.input_range
         shape = (_PROBE_IMAGES, *self.input_shape)
         images = tf.random.stateless_uniform(shape, (0, 0), low, high)
-        answer = self._answer_to_probe(images)
+        try:
+            answer = tf.convert_to_tensor(self._forward(images))
+        except Exception as error:  # whatever somebody else's function raises
+            expected = "a classifier returning one tensor [batch, classes]"
+            mend = f"Wrap it in a function that picks its class scores ({error})."
+            raise invalid("model", self.model, expected, mend) from error
         rows = answer.shape[0] if answer.shape.rank == 2 else None
         if rows != shape[0] or answer.shape[1] < 2:
             expected = "a classifier returning [batch, classes], two classes or more"
@@ -201,20 +206,23 @@ class Teacher:
             raise invalid("model", self.model, "finite class scores", mend)
         return scores
 
-    def _answer_to_probe(self, images: tf.Tensor) -> tf.Tensor:
-        """Asks as training does, in a graph where it is the caller's function."""
-        forward = (
-            self._forward if self.model is not None else tf.function(self._forward)
-        )
+    def check_in_graph(self) -> None:
+        """Refuses a function that works on arrays alone, which no graph can hold.
+
+        Raises:
+            ValueError: it is one.
+        """
+        if self.model is not None:
+            return
         try:
-            return tf.convert_to_tensor(forward(images))
+            self._predict.get_concrete_function()
         except Exception as error:  # whatever somebody else's function raises
-            expected = "a classifier returning one tensor [batch, classes]"
+            expected = "a function of TensorFlow operations"
             mend = (
-                "Wrap it in a function that picks its class scores, and what is not of "
-                f"TensorFlow in `tf.numpy_function` ({error})."
+                "Put what is not of TensorFlow in `tf.numpy_function`, or compile with "
+                f"`run_eagerly=True` ({error})."
             )
-            raise invalid("model", self.model, expected, mend) from error
+            raise invalid("teacher", self._forward, expected, mend) from error
 
 
 def as_teacher(teacher: Teacher | Any) -> Teacher:

@@ -531,6 +531,8 @@ class DPTranscriber(keras.Model):
             )
         compatibility.check_learns(self.student)
         compatibility.check_validation_data(validation_data, self.teacher)
+        if isinstance(self.teacher, Teacher) and not self.run_eagerly:
+            self.teacher.check_in_graph()
         self._check_ledger()
         self.budget.plan(
             target_epsilon=target_epsilon,

@@ -491,3 +491,15 @@ def test_validation_data_may_have_any_usual_form(data):
     model = tiny.transcriber(NormalizedGradient(noise_multiplier=50.0))
     history = fit(model, target_epsilon=8.0, validation_data=data)
     assert "val_loss" in history.history
+
+
+def test_a_teacher_that_no_graph_can_hold_costs_nothing():
+    teacher = dpt.Teacher(
+        lambda x: np.asarray(x).reshape(-1, 64)[:, :10], input_shape=tiny.IMAGE
+    )
+    model = tiny.transcriber(NormalizedGradient(noise_multiplier=50.0), teacher=teacher)
+    model.compile(student_optimizer="sgd", run_eagerly=False)
+    weights = tiny.flat_weights(model.student)
+    with pytest.raises(ValueError, match="`teacher`.*numpy_function"):
+        fit(model, target_epsilon=8.0)
+    assert_untouched(model, weights)
