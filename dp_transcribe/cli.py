@@ -212,7 +212,7 @@ def audit_claim(statement: PrivacyStatement, config: AuditConfig) -> AuditResult
         statement: of unit `RESPONSE`: its mechanism is audited with its noise, on its
             queries. Of unit `RECORD`: what made the release is audited in the size and
             with the settings of its own audit, calibrated to the statement's epsilon.
-        config: number of canaries and seed.
+        config: number of canaries, seed, and the delta for a statement without one.
 
     Returns:
         The result, whose claim is the statement's.
@@ -222,7 +222,8 @@ def audit_claim(statement: PrivacyStatement, config: AuditConfig) -> AuditResult
     """
     terms: dict[str, Any] = {"canaries": config.canaries, "seed": config.seed}
     if statement.unit is Unit.RESPONSE:
-        terms.update(target_epsilon=None, delta=statement.delta)
+        # A statement of pure epsilon has none, but a run asks for one.
+        terms.update(target_epsilon=None, delta=statement.delta or config.delta)
         result = audit_responses(*released_by(statement), **terms)
         return dataclasses.replace(result, claimed_epsilon=statement.epsilon)
     last = statement.mechanism.rpartition(" + ")[2].removesuffix(" (votes)")

@@ -16,7 +16,7 @@ from dp_transcribe import cli
 from dp_transcribe.data import ImageDataset
 from dp_transcribe.evaluation import AuditResult, Inversion, invert
 from dp_transcribe.export import export_student
-from dp_transcribe.mechanisms import NormalizedGradient
+from dp_transcribe.mechanisms import NormalizedGradient, RandomizedResponse
 from dp_transcribe.privacy import (
     Ledger,
     PrivacyStatement,
@@ -25,7 +25,7 @@ from dp_transcribe.privacy import (
     Unit,
     statement_from_ledger,
 )
-from dp_transcribe.queries import QueryPool
+from dp_transcribe.queries import FreshQueries, QueryPool
 from tests import tiny
 
 POOL = QueryPool(size=200, batch_size=20, updates=12)
@@ -179,6 +179,17 @@ def test_what_is_claimed_is_what_the_statement_says(models, noise, flagged):
     result = cli.audit_claim(edited, config)
     assert (result.claimed_epsilon, result.delta) == (1.0, told.delta)
     assert result.flagged is flagged, result
+
+
+def test_a_claim_of_pure_epsilon_is_audited_without_delta():
+    model = tiny.transcriber(RandomizedResponse(), queries=FreshQueries(batch_size=16))
+    model.fit(target_epsilon=1.0, epochs=1, steps_per_epoch=1, verbose=0)
+    told = model.privacy_statement()
+    assert told.delta == 0.0
+    config = cli.AuditConfig(teacher="unused", canaries=400, seed=1)
+    result = cli.audit_claim(told, config)
+    assert (result.delta, result.claimed_epsilon) == (0.0, told.epsilon)
+    assert not result.flagged
 
 
 @pytest.mark.parametrize("name", ["ClassMeans", "DPKIP", "NoisyVotes (votes)"])
