@@ -105,6 +105,14 @@ def check_learns(student: keras.Model) -> None:
         raise _validate.invalid("student", student.name, expected, mend)
 
 
+def check_unguided(name: str, source: Any, covered: bool) -> None:
+    """Refuses a generator called covered that an ordinary teacher guided."""
+    if covered and getattr(source, "guided_by_teacher", False):
+        mend = "Take a new generator, or set `generator_covered=False`."
+        expected = "a source of queries that no teacher guided"
+        raise _validate.invalid(name, source, expected, mend)
+
+
 def check_guidance(mechanism: Mechanism, generator_covered: bool) -> None:
     """Refuses queries that carry records past a mechanism of unit `RECORD`."""
     releases = mechanism.unit is Unit.RECORD and not isinstance(mechanism, Inherited)

@@ -73,6 +73,7 @@ def pretrain_by_teacher(
         optimizer.apply(gradients, generator.trainable_variables)
         return loss
 
+    generator.guided_by_teacher = True
     losses = [update(tf.constant(step)).numpy() for step in range(steps)]
     return np.asarray(losses, np.float32)
 

@@ -318,9 +318,11 @@ def _check_dtypes(student: keras.Model) -> None:
 
 
 def _check_own_weights(student: keras.Model, teacher: Any) -> None:
-    model = getattr(teacher, "model", None)
-    private = set() if model is None else {id(v) for v in model.variables}
-    shared = [v.path for v in student.variables if id(v) in private]
+    known = teacher.read_variables() if hasattr(teacher, "read_variables") else []
+    private = {id(variable) for variable in known}
+    shared = [
+        v.path for v in student.variables if id(v) in private or id(v.value) in private
+    ]
     if shared:
         mend = "Clone the layers; their private values would be released as they are."
         expected = "a student that shares no weights with the teacher"
@@ -337,22 +339,22 @@ _Weights = dict[tuple[int, ...], list[tuple[np.ndarray, bool]]]
 
 
 def _weights_by_shape(teacher: Any) -> _Weights:
-    """Values of a Keras teacher's weights, or of all of an ensemble's members.
+    """Values of a teacher's variables, or of all of those of an ensemble's members.
 
     With each goes whether it may be public, such as fixed filters: it is frozen, and
     others beside it are not.
     """
     member = getattr(teacher, "member", None)
-    model = getattr(teacher, "model", None) if member is None else member
-    if model is None:
-        return {}
-    learnt, frozen = model.trainable_variables, model.non_trainable_variables
-    variables = [*learnt, *frozen]
-    if member is None:
-        values: Any = [[keras.ops.convert_to_numpy(v)] for v in variables]
-    else:
+    if member is not None:
+        learnt = member.trainable_variables
         # One array for each variable, whose first axis is that of the teachers.
-        values = teacher.get_weights()[: len(variables)]
+        count = len(learnt) + len(member.non_trainable_variables)
+        values: Any = teacher.get_weights()[:count]
+    else:
+        known = teacher.read_variables() if hasattr(teacher, "read_variables") else []
+        learnt = [v for v in known if v.trainable]
+        frozen = [v for v in known if not v.trainable]
+        values = [[keras.ops.convert_to_numpy(v)] for v in [*learnt, *frozen]]
     found: _Weights = {}
     for number, arrays in enumerate(values):
         may_be_public = 0 < len(learnt) <= number

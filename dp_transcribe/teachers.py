@@ -99,6 +99,8 @@ class Teacher:
             float32 `[batch, classes]`.
         """
         raw = tf.cast(self._forward(images), tf.float32)
+        # What went through `tf.numpy_function` has lost its shape.
+        raw = tf.ensure_shape(raw, (None, self.num_classes))
         if self.outputs == "logits":
             return raw
         return tf.math.log(tf.clip_by_value(raw, 1e-12, 1.0))
@@ -175,6 +177,19 @@ class Teacher:
         statement = with_digest(self.statement, _DIGEST, digest)
         beside.write_text(statement.to_json() + "\n", encoding="utf-8")
 
+    def read_variables(self) -> list[Any]:
+        """Variables that the answers are computed from.
+
+        Those of a function or SavedModel are found in its graph; none are if it works
+        on arrays alone.
+        """
+        if self.model is not None:
+            return list(self.model.variables)
+        try:
+            return list(self._predict.get_concrete_function().graph.variables)
+        except Exception:  # `check_in_graph` says what is wrong, where it matters
+            return []
+
     def get_weights(self) -> list[np.ndarray]:
         """The weights of a Keras teacher; none of any other."""
         return [] if self.model is None else self.model.get_weights()
@@ -189,8 +204,13 @@ class Teacher:
         low, high = self.input_range
         shape = (_PROBE_IMAGES, *self.input_shape)
         images = tf.random.stateless_uniform(shape, (0, 0), low, high)
+        answer = self._forward(images)
+        if isinstance(answer, dict):
+            mend = "Wrap it in a function that picks its class scores."
+            expected = "a classifier returning one tensor [batch, classes]"
+            raise invalid("model", f"a dict of {sorted(answer)}", expected, mend)
         try:
-            answer = tf.convert_to_tensor(self._forward(images))
+            answer = tf.convert_to_tensor(answer)
         except Exception as error:  # whatever somebody else's function raises
             expected = "a classifier returning one tensor [batch, classes]"
             mend = f"Wrap it in a function that picks its class scores ({error})."
@@ -302,6 +322,8 @@ def _as_function(model: Any, input_range: tuple[float, float]) -> _Unwrapped:
     if isinstance(model, keras.Model):
         shape = getattr(model, "input_shape", None)
         known = tuple(shape[1:]) if isinstance(shape, tuple) else None
+        for tensor in (getattr(model, "inputs", None) or [])[:1]:
+            _check_pixels(tf.as_dtype(tensor.dtype), input_range)
         return (lambda images: model(images, training=False)), known, None
     signatures = getattr(model, "signatures", None)
     if signatures is not None:
@@ -327,9 +349,7 @@ def _as_signature(
         mend = "Wrap it in a function of the images that returns the class scores."
         raise invalid("model", f"{list(inputs)} -> {names}", expected, mend)
     (key, spec), output = next(iter(inputs.items())), chosen[0]
-    if spec.dtype.is_integer and input_range[1] <= 1.0:
-        expected = f"the range of pixels of type {spec.dtype.name}, e.g. (0, 255)"
-        raise invalid("input_range", input_range, expected)
+    _check_pixels(spec.dtype, input_range)
     stated: dict[str, Outputs] = {"logits": "logits", "probabilities": "probabilities"}
 
     def forward(images: Any) -> tf.Tensor:
@@ -340,6 +360,16 @@ def _as_signature(
         return serve(**{key: tf.cast(images, spec.dtype)})[output]
 
     return forward, tuple(spec.shape[1:]), stated.get(output)
+
+
+def _check_pixels(dtype: tf.DType, input_range: tuple[float, float]) -> None:
+    """Refuses a range that whole-number pixels cannot be of, or hardly use."""
+    if not dtype.is_integer:
+        return
+    low, high = input_range
+    if high <= 1.0 or low < dtype.min or high > dtype.max:
+        expected = f"the range of pixels of type {dtype.name}, e.g. (0, 255)"
+        raise invalid("input_range", input_range, expected)
 
 
 def _check_input_shape(stated: Any, known: tuple | None) -> tuple[int, ...]:

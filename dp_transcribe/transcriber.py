@@ -278,6 +278,9 @@ class DPTranscriber(keras.Model):
             "generator", self.generator, self.teacher, trained=self.trains_generator
         )
         compatibility.check_source("public_prior", self.public_prior, self.teacher)
+        covered = self.generator_covered and not isinstance(self.mechanism, Inherited)
+        compatibility.check_unguided("generator", self.generator, covered)
+        compatibility.check_unguided("public_prior", self.public_prior, True)
         compatibility.check_queries(
             self.queries, self.mechanism, self._num_replicas, self.student
         )

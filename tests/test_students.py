@@ -195,9 +195,13 @@ def test_constants_and_frozen_filters_may_be_equal():
     check_student(conv_student(shape, 4), Teacher(conv_student(shape, 4)))
 
 
-def test_teachers_without_variables_are_not_compared():
+def test_variables_of_a_function_of_tensors_are_found_of_arrays_not():
     model = mlp_student(SHAPE, 4, units=[8])
-    check_student(_copy(model), Teacher(lambda x: model(x), input_shape=SHAPE))
+    with pytest.raises(ValueError, match="not the teacher's"):
+        check_student(_copy(model), Teacher(lambda x: model(x), input_shape=SHAPE))
+    of_arrays = Teacher(lambda x: model(x.numpy()), input_shape=SHAPE)
+    assert of_arrays.read_variables() == []
+    check_student(_copy(model), of_arrays)
 
 
 def test_float16_is_refused_and_bfloat16_allowed(teacher):

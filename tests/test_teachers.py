@@ -208,3 +208,23 @@ def test_whole_number_pixels_need_their_range(tmp_path):
     teacher = load_teacher(path, input_range=(0, 255))
     logits = teacher.logits(tf.fill([1, 4, 4, 1], 199.7))
     np.testing.assert_allclose(logits, [[200.0, -200.0]])
+
+
+def test_keras_models_of_whole_number_pixels_need_their_range():
+    inputs = keras.layers.Input((4, 4, 1), dtype="uint8")
+    model = keras.Model(inputs, keras.layers.Dense(3)(keras.layers.Flatten()(inputs)))
+    for wrong in ((0.0, 1.0), (-255.0, 255.0)):
+        with pytest.raises(ValueError, match="`input_range`.*uint8"):
+            Teacher(model, input_range=wrong)
+    assert Teacher(model, input_range=(0.0, 255.0)).num_classes == 3
+
+
+def test_a_shape_lost_in_numpy_is_found_again():
+    def forward(images):
+        return tf.numpy_function(lambda x: x[:, 0, 0, :3], [images], tf.float32)
+
+    teacher = Teacher(forward, input_shape=(4, 4, 3))
+    traced = tf.function(teacher.probabilities).get_concrete_function(
+        tf.TensorSpec((None, 4, 4, 3))
+    )
+    assert traced.output_shapes.as_list() == [None, 3]

@@ -8,6 +8,7 @@ import tensorflow as tf
 import dp_transcribe as dpt
 from dp_transcribe.compatibility import check_queries
 from dp_transcribe.generators import MLPGenerator
+from dp_transcribe.guidance import pretrain_by_teacher
 from dp_transcribe.mechanisms import (
     NoisyAnswer,
     NormalizedGradient,
@@ -503,3 +504,55 @@ def test_a_teacher_that_no_graph_can_hold_costs_nothing():
     with pytest.raises(ValueError, match="`teacher`.*numpy_function"):
         fit(model, target_epsilon=8.0)
     assert_untouched(model, weights)
+
+
+def _guided():
+    generator = MLPGenerator(tiny.IMAGE, latent_dim=4, units=(8,))
+    pretrain_by_teacher(generator, tiny.linear_teacher(), steps=1, batch_size=4)
+    return generator
+
+
+@pytest.mark.parametrize("name", ["generator", "public_prior"])
+def test_a_generator_that_a_teacher_guided_is_covered_nowhere_else(name):
+    guided = _guided()
+    restored = MLPGenerator.from_config(guided.get_config())
+    free = MLPGenerator(tiny.IMAGE, latent_dim=4, units=(8,))
+    for source in (guided, restored):
+        parts = {"generator": free} | {name: source}
+        with pytest.raises(ValueError, match=f"`{name}`.*no teacher guided"):
+            tiny.transcriber(NormalizedGradient(noise_multiplier=1.0), **parts)
+    tiny.transcriber(
+        NormalizedGradient(noise_multiplier=1.0),
+        generator=guided,
+        generator_covered=False,
+    )
+
+
+@pytest.mark.parametrize("kind", ["function", "SavedModel"])
+def test_weights_are_known_behind_a_function_and_a_saved_model(kind, tmp_path):
+    model = tiny.linear_model(5)
+    if kind == "function":
+        teacher = dpt.Teacher(lambda x: model(x), input_shape=tiny.IMAGE)
+    else:
+        model.export(str(tmp_path / "teacher"), verbose=False)
+        teacher = dpt.load_teacher(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="`student`"):
+        dpt.DPTranscriber(
+            teacher,
+            model,
+            tiny.UniformPixels(tiny.IMAGE),
+            mechanism=NormalizedGradient(noise_multiplier=1.0),
+        )
+
+
+def test_a_checkpoint_of_tensorflow_turns_no_counter_back(tmp_path):
+    model = tiny.transcriber(NormalizedGradient(noise_multiplier=50.0))
+    fit(model, 1)
+    kept = tf.train.Checkpoint(model=model)
+    path = kept.write(str(tmp_path / "kept"))
+    fit(model, 1)
+    taken = int(model.noise.counter.numpy())
+    kept.read(path)
+    assert int(model.noise.counter.numpy()) == taken
+    names = [name for name, _ in tf.train.list_variables(path)]
+    assert not [name for name in names if "counter" in name or "noise" in name]

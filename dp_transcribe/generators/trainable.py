@@ -26,6 +26,8 @@ class TrainableGenerator(keras.Model):
         latent_dim: Length of a latent vector.
         num_classes: Number of classes to condition on, or `None`.
         output_range: Lowest and highest pixel value; the teacher's input range.
+        guided_by_teacher: Whether a teacher's gradients went into its weights; set by
+            `pretrain_by_teacher`.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class TrainableGenerator(keras.Model):
         latent_dim: int = 64,
         num_classes: int | None = None,
         output_range: Sequence[float] = (0.0, 1.0),
+        guided_by_teacher: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -44,6 +47,7 @@ class TrainableGenerator(keras.Model):
             num_classes = positive_int("num_classes", num_classes)
         self.num_classes = num_classes
         self.output_range = check_output_range(output_range)
+        self.guided_by_teacher = guided_by_teacher
         self.embedding = None
         if num_classes is not None:
             self.embedding = keras.layers.Embedding(num_classes, self.latent_dim)
@@ -115,4 +119,5 @@ class TrainableGenerator(keras.Model):
             "latent_dim": self.latent_dim,
             "num_classes": self.num_classes,
             "output_range": list(self.output_range),
+            "guided_by_teacher": self.guided_by_teacher,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Sequence
@@ -17,6 +18,18 @@ from dp_transcribe import _validate
 # public sampling of latents can never repeat the bits of the secret noise.
 NOISE, ANSWERS, SAMPLING, QUERIES = range(4)
 _WORD = np.iinfo(np.int64).max
+
+
+@dataclasses.dataclass(frozen=True)
+class _Hidden:
+    """Variables where neither Keras nor `tf.train.Checkpoint` finds them.
+
+    Callbacks put the weights of Keras back to what they were, hand them to other models
+    and draw them into logs; a checkpoint of TensorFlow would turn the counter back.
+    """
+
+    key: tf.Variable
+    counter: tf.Variable
 
 
 @keras.saving.register_keras_serializable(package="dp_transcribe")
@@ -39,16 +52,27 @@ class NoiseSource(keras.layers.Layer):
     def __init__(self, seed: int | None = None, **kwargs: Any) -> None:
         super().__init__(trainable=False, dtype="float32", **kwargs)
         self.seed = _validate.optional_seed("seed", seed)
-        # No weights of Keras: callbacks put those back to what they were, hand them to
-        # other models and draw them into logs.
-        words = tf.constant(_key_words(self.seed), tf.int64)
-        self.key = tf.Variable(words, trainable=False)
-        self.counter = tf.Variable(
-            tf.zeros([], tf.int64),
-            trainable=False,
-            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+        self._hidden = _Hidden(
+            key=tf.Variable(
+                tf.constant(_key_words(self.seed), tf.int64), trainable=False
+            ),
+            counter=tf.Variable(
+                tf.zeros([], tf.int64),
+                trainable=False,
+                aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+            ),
         )
         self.built = True
+
+    @property
+    def key(self) -> tf.Variable:
+        """The key, int64 `[2]`."""
+        return self._hidden.key
+
+    @property
+    def counter(self) -> tf.Variable:
+        """How many numbers were taken, a scalar int64."""
+        return self._hidden.counter
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments, without the key."""
