@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import tensorflow as tf
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.validation import check_is_fitted
 
 from dp_transcribe import _validate
 from dp_transcribe.distillation.kernels import Kernel
@@ -11,29 +13,29 @@ from dp_transcribe.distillation.kernels import Kernel
 _BATCH = 500
 
 
-class KernelRidgeClassifier:
+class KernelRidgeClassifier(ClassifierMixin, BaseEstimator):
     """Classifies by kernel ridge regression to centred one-hot labels.
 
     The regularisation is `penalty` times the mean of the kernel matrix's diagonal, as
-    in DP-KIP, so that it does not depend on the scale of the kernel.
+    in DP-KIP, so that it does not depend on the scale of the kernel. A scikit-learn
+    estimator: it can be cloned, stand at the end of a pipeline and be searched over.
 
     Args:
         kernel: the kernel.
         penalty: strength of the regularisation, relative to the kernel.
 
     Attributes:
-        classes: int `[classes]`, the labels seen by `fit`.
-        coefficients: float32 `[support, classes]`, None before `fit`.
+        classes_: int `[classes]`, the labels seen by `fit`.
+        coefficients_: float32 `[support, classes]`, one row per embedding.
+        support_: the embeddings of the inputs of `fit`.
 
     **Privacy**: computed from the support alone, and so as private as the support.
     """
 
     def __init__(self, kernel: Kernel, *, penalty: float = 1e-3) -> None:
+        _validate.positive_finite("penalty", penalty)
         self.kernel = kernel
-        self.penalty = _validate.positive_finite("penalty", penalty)
-        self.classes: np.ndarray | None = None
-        self.coefficients: np.ndarray | None = None
-        self._support: tf.Tensor | None = None
+        self.penalty = penalty
 
     def fit(self, inputs: np.ndarray, labels: np.ndarray) -> KernelRidgeClassifier:
         """Solves for the coefficients.
@@ -53,28 +55,27 @@ class KernelRidgeClassifier:
             expected = f"one label per input, {len(inputs)} in all"
             raise _validate.invalid("labels", labels.shape, expected)
         if labels.ndim == 1:
-            self.classes = np.unique(labels)
+            self.classes_ = np.unique(labels)
             labels = centred_one_hot(
-                np.searchsorted(self.classes, labels), len(self.classes)
+                np.searchsorted(self.classes_, labels), len(self.classes_)
             )
         else:
-            self.classes = np.arange(labels.shape[1])
-        self._support = self.kernel.embed(tf.cast(inputs, tf.float32))
-        gram = self.kernel.between(self._support, self._support)
-        self.coefficients = ridge_solve(
+            self.classes_ = np.arange(labels.shape[1])
+        self.support_ = self.kernel.embed(tf.cast(inputs, tf.float32))
+        gram = self.kernel.between(self.support_, self.support_)
+        self.coefficients_ = ridge_solve(
             gram, tf.cast(labels, tf.float32), self.penalty
         ).numpy()
         return self
 
     def decision_function(self, inputs: np.ndarray) -> np.ndarray:
         """Regression outputs, float32 `[n, classes]`."""
-        if self._support is None or self.coefficients is None:
-            raise RuntimeError("The classifier is not fitted. Call `fit` first.")
-        outputs = [np.zeros((0, self.coefficients.shape[1]), np.float32)]
+        check_is_fitted(self)
+        outputs = [np.zeros((0, self.coefficients_.shape[1]), np.float32)]
         for start in range(0, len(inputs), _BATCH):
             batch = tf.cast(inputs[start : start + _BATCH], tf.float32)
-            gram = self.kernel.between(self.kernel.embed(batch), self._support)
-            outputs.append((gram @ self.coefficients).numpy())
+            gram = self.kernel.between(self.kernel.embed(batch), self.support_)
+            outputs.append((gram @ self.coefficients_).numpy())
         return np.concatenate(outputs)
 
     def linear_weights(self) -> np.ndarray:
@@ -82,21 +83,16 @@ class KernelRidgeClassifier:
 
         Scores are embeddings times weights where the kernel is an inner product.
         """
-        if self._support is None or self.coefficients is None:
-            raise RuntimeError("The classifier is not fitted. Call `fit` first.")
+        check_is_fitted(self)
         if not self.kernel.is_inner_product:
             expected = "a kernel that is an inner product"
             raise _validate.invalid("kernel", self.kernel, expected)
-        return self._support.numpy().T @ self.coefficients
+        return self.support_.numpy().T @ self.coefficients_
 
     def predict(self, inputs: np.ndarray) -> np.ndarray:
         """Most likely labels, `[n]`."""
         scores = self.decision_function(inputs)
-        return self.classes[scores.argmax(axis=1)]  # type: ignore[index]
-
-    def score(self, inputs: np.ndarray, labels: np.ndarray) -> float:
-        """Share of correct predictions."""
-        return float(np.mean(self.predict(inputs) == np.asarray(labels)))
+        return self.classes_[scores.argmax(axis=1)]
 
 
 def centred_one_hot(labels: np.ndarray, num_classes: int) -> np.ndarray:

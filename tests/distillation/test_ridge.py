@@ -4,7 +4,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
 from sklearn.kernel_ridge import KernelRidge
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from dp_transcribe.distillation import KernelRidgeClassifier, NTKKernel, RBFKernel
 from dp_transcribe.distillation.ridge import centred_one_hot
@@ -39,8 +44,26 @@ def test_one_label_per_input_is_asked_for():
 
 
 def test_before_fit_there_is_no_prediction():
-    with pytest.raises(RuntimeError, match="fit"):
+    with pytest.raises(NotFittedError, match="fit"):
         KernelRidgeClassifier(RBFKernel()).predict(np.zeros((1, 2)))
+
+
+def test_is_an_estimator_of_scikit_learn():
+    labels = np.arange(60) % 2
+    inputs = (RNG.normal(size=(60, 3)) + 3.0 * labels[:, None]).astype(np.float32)
+    fitted = KernelRidgeClassifier(RBFKernel(0.2), penalty=1).fit(inputs, labels)
+    with pytest.raises(NotFittedError):
+        clone(fitted).predict(inputs)
+    pipeline = make_pipeline(StandardScaler(), clone(fitted))
+    search = GridSearchCV(
+        pipeline,
+        {
+            "kernelridgeclassifier__penalty": [0.1, 1.0],
+            "kernelridgeclassifier__kernel": [RBFKernel(0.1), NTKKernel(1)],
+        },
+        cv=2,
+    )
+    assert search.fit(inputs, labels).best_score_ > 0.9
 
 
 @pytest.mark.parametrize(("hidden_layers", "width"), [(1, 8192), (2, 800)])
@@ -82,7 +105,7 @@ def _empirical_kernel(kernel, inputs, seed, width):
 
 def test_only_an_inner_product_is_linear_in_its_embeddings():
     model = KernelRidgeClassifier(RBFKernel())
-    with pytest.raises(RuntimeError, match="not fitted"):
+    with pytest.raises(NotFittedError, match="not fitted"):
         model.linear_weights()
     with pytest.raises(ValueError, match="`kernel`.*inner product"):
         model.fit(np.eye(2), [0, 1]).linear_weights()
