@@ -13,11 +13,8 @@ from dp_transcribe.distillation.kernels import (
 )
 from dp_transcribe.distillation.kip import DPKIP, KIPTraining
 from dp_transcribe.distillation.linear import LinearTraining, PrivateLinearModel
-from dp_transcribe.distillation.matching import (
-    MeanMatching,
-    RandomConvNets,
-    distill_means,
-)
+from dp_transcribe.distillation.matching import MeanMatching, distill_means
+from dp_transcribe.distillation.random_networks import RandomConvNets
 from dp_transcribe.distillation.ridge import KernelRidgeClassifier
 from dp_transcribe.distillation.scattering import Scattering
 from dp_transcribe.distillation.synthesis import Synthesis, synthesize
