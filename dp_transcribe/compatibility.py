@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from dp_transcribe import _validate
+from dp_transcribe.generators.trial import check_draws
 from dp_transcribe.losses.objective import GeneratorObjective
 from dp_transcribe.mechanisms.base import AnswerMechanism, GradientMechanism, Mechanism
 from dp_transcribe.mechanisms.clipping import check_sampled
@@ -39,6 +40,7 @@ def check_source(
         if tuple(getattr(source, own, ())) != wanted:
             expected = f"a generator with {own}={wanted}, the teacher's {of_teacher}"
             raise _validate.invalid(name, source, expected)
+    check_draws(name, source, trained=trained)
 
 
 def check_dtype(policy: Any) -> None:

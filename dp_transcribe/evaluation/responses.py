@@ -119,6 +119,8 @@ def _scaled(queries: Queries, canaries: int) -> Queries:
 class OnePixel(ProceduralGenerator):
     """Image i has pixel `first` + i alone, whatever the seed."""
 
+    asked_once = True
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.first = tf.Variable(0, trainable=False)

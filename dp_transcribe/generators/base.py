@@ -94,7 +94,8 @@ class ProceduralGenerator(abc.ABC):
     data. Sampling is stateless, so one seed always gives the same images.
 
     **Privacy**: samples are public; drawing them costs nothing and they may be
-    released.
+    released. A source whose images do not follow from the seed is refused, since its
+    queries would be asked again; one that sets `asked_once` vouches that none is.
 
     Args:
         image_shape: `(height, width, channels)` of one image.
@@ -106,6 +107,7 @@ class ProceduralGenerator(abc.ABC):
     """
 
     trainable = False
+    asked_once = False
 
     def __init__(
         self, image_shape: Sequence[int], *, output_range: Sequence[float] = (0.0, 1.0)
