@@ -75,6 +75,7 @@ STUDENT = Path("student", "1")  # the SavedModel, by its version
 # Up to which epsilon how many teachers; chosen on held-out training images.
 SHARDS = ((4.0, 1000), (float("inf"), 500))
 LEAST_IN_SHARD = 20
+SHARDED = ("votes", "gradient")
 FEATURES = 600
 # What `dpdfd` does otherwise: where classes differ by detail, more queries and a wider
 # head; where a query takes longer, fewer of them.
@@ -115,8 +116,9 @@ class ExampleConfig:
     delta: float = 1e-5
     accountant: str = "rdp"
     unit: str = "response"
-    method: str = "dpdfd"
-    route: str = "dp_teacher"
+    method: str | None = None
+    route: str | None = None
+    shards: int | None = None
     dataset: str = "mnist"
     data_dir: str | None = None
     teacher: str | None = None
@@ -134,8 +136,9 @@ class ExampleConfig:
         _validate.fraction_open("delta", self.delta)
         _validate.one_of("accountant", self.accountant, ACCOUNTANTS)
         _validate.one_of("unit", self.unit, UNITS)
-        _validate.one_of("method", self.method, BUILDERS)
-        _validate.one_of("route", self.route, ROUTES)
+        _validate.one_of("method", self.method, (None, *BUILDERS))
+        _validate.one_of("route", self.route, (None, *ROUTES))
+        self._check_way()
         _validate.one_of("dataset", self.dataset, DATASETS)
         _validate.one_of("teacher_network", self.teacher_network, (None, *RECIPES))
         _validate.optional_seed("seed", self.seed)
@@ -151,6 +154,21 @@ class ExampleConfig:
         for name, value in self.schedule.items():
             _validate.positive_int(name, value)
 
+    def _check_way(self) -> None:
+        """Refuses what the unit has no use for: nobody is to take it for another."""
+        if self.unit == "response" and self.route is not None:
+            mend = "Add `--unit=record`: a method protects answers, not people."
+            raise _validate.invalid("route", self.route, "None for unit response", mend)
+        if self.unit == "record" and self.method is not None:
+            mend = "Choose a `--route`, or leave `--unit=record` out."
+            raise _validate.invalid("method", self.method, "None for unit record", mend)
+        if self.way in SHARDED and self.teacher is not None:
+            mend = f"Leave `--teacher` out: {self.way} trains one on each shard."
+            raise _validate.invalid("teacher", self.teacher, "None", mend)
+        if self.way not in SHARDED and self.shards is not None:
+            expected = f"None but for the routes {' and '.join(SHARDED)}"
+            raise _validate.invalid("shards", self.shards, expected)
+
     @property
     def folder(self) -> Path:
         """Where the results go."""
@@ -160,7 +178,9 @@ class ExampleConfig:
     @property
     def way(self) -> str:
         """The method or, for unit RECORD, the route."""
-        return self.method if self.unit == "response" else self.route
+        if self.unit == "response":
+            return self.method or "dpdfd"
+        return self.route or "dp_teacher"
 
     @property
     def schedule(self) -> dict[str, int]:
@@ -228,7 +248,7 @@ def begin(config: ExampleConfig) -> Transcription:
     dataset = load_dataset(config.dataset, config.data_dir)
     started = time.monotonic()
     if given is None:
-        train = own_teacher if config.unit == "response" else ROUTES[config.route].train
+        train = own_teacher if config.unit == "response" else ROUTES[config.way].train
         teacher, source = train(config, dataset)
     else:
         teacher, source = given, str(config.teacher)
@@ -431,8 +451,10 @@ def shard_teachers(
     votes over more noise and know less: their number follows from epsilon, which is
     public.
     """
-    shards = next(k for limit, k in SHARDS if config.epsilon <= limit)
-    shards = min(shards, len(dataset.train_images) // LEAST_IN_SHARD)
+    most = len(dataset.train_images) // LEAST_IN_SHARD
+    usual = next(k for limit, k in SHARDS if config.epsilon <= limit)
+    shards = min(usual, most) if config.shards is None else config.shards
+    _validate.in_range("shards", shards, 2, most)
     fit = RidgeFit()
     facts = (shards, fit, FEATURES)
     folder = cached_path(config, dataset, facts).with_suffix("")
@@ -465,10 +487,10 @@ def build(config: ExampleConfig, teacher: dpt.Teacher) -> dpt.DPTranscriber:
     print(f"Preparing {config.way}: queries come from public processes.")
     settings: dict[str, Any] = {"seed": config.seed, **config.schedule}
     if config.unit == "record":
-        return ROUTES[config.route].build(teacher, prior, **settings)
-    if config.method == "dpdfd":
+        return ROUTES[config.way].build(teacher, prior, **settings)
+    if config.way == "dpdfd":
         settings = OWN_SETTINGS.get(config.dataset, {}) | settings
-    return BUILDERS[config.method](teacher, prior, **settings)
+    return BUILDERS[config.way](teacher, prior, **settings)
 
 
 def transcribe(run: Transcription) -> bool:
@@ -611,10 +633,19 @@ def define_flags() -> None:
     )
     flags.DEFINE_enum("unit", default.unit, list(UNITS), "What epsilon protects.")
     flags.DEFINE_enum(
-        "method", default.method, list(BUILDERS), "Published method, unit response."
+        "method",
+        None,
+        list(BUILDERS),
+        "Published method, unit response; by default dpdfd.",
     )
     flags.DEFINE_enum(
-        "route", default.route, list(ROUTES), "Where unit record comes from."
+        "route",
+        None,
+        list(ROUTES),
+        "Where unit record comes from; by default dp_teacher.",
+    )
+    flags.DEFINE_integer(
+        "shards", None, "Teachers of the routes votes and gradient; by epsilon else."
     )
     flags.DEFINE_enum("dataset", default.dataset, list(DATASETS), "Data set.")
     flags.DEFINE_string(

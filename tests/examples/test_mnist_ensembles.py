@@ -69,3 +69,24 @@ def test_a_route_leaves_report_statement_pictures_and_student(
     assert "per unit RECORD" in text and "REPLACE_ONE" in text
     assert len(list((tmp_path / "cache").rglob("teacher_*.npz"))) == 6
     assert small.shard_teachers(config, small.load_dataset())[1] == "cached"
+
+
+@pytest.mark.parametrize("shards", [1, 7])
+def test_a_number_of_shards_that_does_not_do_is_refused(small, tmp_path, shards):
+    config = small.ExampleConfig(
+        unit="record",
+        route="votes",
+        shards=shards,
+        output_dir=str(tmp_path / "out"),
+        cache_dir=str(tmp_path / "cache"),
+    )
+    with pytest.raises(small.RefusedError, match=r"`shards`.*2.*6"):
+        small.run(config)
+
+
+def test_as_many_teachers_as_were_asked_for(small, tmp_path):
+    config = small.ExampleConfig(
+        unit="record", route="votes", shards=4, cache_dir=str(tmp_path)
+    )
+    ensemble, source = small.shard_teachers(config, small.load_dataset())
+    assert (ensemble.num_teachers, source) == (4, "trained")

@@ -301,6 +301,12 @@ def test_summary_says_what_is_not_protected_and_what_to_release(finished):
             "teacher_network",
         ),
         ({"assistant": True, "unit": "record"}, "assistant"),
+        ({"route": "dp_teacher"}, "route"),
+        ({"route": "votes", "method": "srr"}, "route"),
+        ({"unit": "record", "method": "srr", "teacher": None}, "method"),
+        ({"unit": "record", "route": "votes"}, "teacher"),
+        ({"unit": "record", "shards": 10, "teacher": None}, "shards"),
+        ({"shards": 10}, "shards"),
     ],
 )
 def test_values_out_of_range_are_refused(config, values, named):
