@@ -51,6 +51,7 @@ from dp_transcribe.generators.priors import default_prior
 from dp_transcribe.mechanisms.base import Mechanism
 from dp_transcribe.privacy.statement import PrivacyStatement
 from dp_transcribe.privacy.units import Unit
+from dp_transcribe.programs import EXIT_FLAGGED, EXIT_REFUSED
 from dp_transcribe.queries import FreshQueries, Queries, QueryPool
 from dp_transcribe.reporting import write_json
 from dp_transcribe.teachers import Teacher, load_teacher
@@ -79,8 +80,6 @@ AUDITED = {
         "in a run of the audit's own: not the noise that the release had"
     ),
 }
-EXIT_FLAGGED = 1
-EXIT_REFUSED = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -51,6 +51,7 @@ from dp_transcribe.mechanisms import (
     RandomizedResponse,
     SelectiveRandomizedResponse,
 )
+from dp_transcribe.programs import parse_flags, refuse
 from dp_transcribe.queries import FreshQueries
 from dp_transcribe.reporting import write_json
 
@@ -283,16 +284,15 @@ def write_results(
 
 def main(argv: list[str]) -> None:
     """Runs the example; complaints about what was given are one line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    del argv
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         report = run()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(str(error))
+    except (ValueError, OSError) as error:
+        refuse(error)
     if any(audit["flagged"] for audit in report["audits"].values()):
         sys.exit("A lower bound is above its claim: do not release.")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

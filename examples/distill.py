@@ -15,7 +15,6 @@ import functools
 import json
 import logging
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -52,6 +51,7 @@ from dp_transcribe.distillation import (
 )
 from dp_transcribe.generators import Mixture
 from dp_transcribe.generators.priors import default_prior
+from dp_transcribe.programs import parse_flags, refuse
 from dp_transcribe.students import conv_student
 
 _LOGGER = logging.getLogger(__name__)
@@ -378,13 +378,12 @@ def write_report(
 
 def main(argv: list[str]) -> None:
     """Runs the example; complaints about what was given are one line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    del argv
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         report = run()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(str(error))
+    except (ValueError, OSError) as error:
+        refuse(error)
     for name, value in report["accuracy"].items():
         _LOGGER.info("accuracy.%s: %.4f", name, value)
 
@@ -436,4 +435,4 @@ def define_flags(values: flags.FlagValues) -> None:
 
 if __name__ == "__main__":
     define_flags(FLAGS)
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

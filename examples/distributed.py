@@ -25,9 +25,11 @@ import tensorflow as tf
 from absl import app, flags
 
 import dp_transcribe as dpt
-from dp_transcribe import reporting, workers
+from dp_transcribe import _validate, reporting, workers
+from dp_transcribe.cli import check_fits
 from dp_transcribe.data import ImageDataset, load_dataset
 from dp_transcribe.generators.priors import default_prior
+from dp_transcribe.programs import parse_flags, refuse
 from dp_transcribe.reference_teachers import (
     ConvRecipe,
     conv_teacher,
@@ -71,7 +73,9 @@ def make_teacher(strategy: tf.distribute.Strategy, data: ImageDataset) -> Any:
     """The given teacher, or one that the first worker trains for all."""
     if FLAGS.teacher:
         with strategy.scope():
-            return dpt.load_teacher(FLAGS.teacher)
+            teacher = dpt.load_teacher(FLAGS.teacher)
+        check_fits("teacher", teacher, data)
+        return teacher
     model = conv_teacher(data.image_shape, data.num_classes, recipe=RECIPE)
     if workers.is_chief(strategy):
         model = train_conv_teacher(
@@ -182,18 +186,20 @@ def main(argv: list[str]) -> None:
     del argv
     if FLAGS.workers and "TF_CONFIG" not in os.environ:
         sys.exit(start_workers(FLAGS.workers, sys.argv[1:]))
-    strategy = make_strategy()
     try:
+        _validate.positive_finite("epsilon", FLAGS.epsilon)
+        _validate.fraction_open("delta", FLAGS.delta)
+        _validate.writable_dir("output_dir", FLAGS.output_dir)
+        strategy = make_strategy()
         data = load_dataset("mnist", FLAGS.data_dir)
-        Path(FLAGS.output_dir).mkdir(parents=True, exist_ok=True)
         transcriber = transcribe(strategy, data)
     except workers.WorkerLostError as error:
         sys.exit(f"{error}\nThe same command with --resume goes on.")
     except (ValueError, OSError) as error:
-        sys.exit(str(error))
+        refuse(error)
     if workers.is_chief(strategy):
         write_results(transcriber, data)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -25,14 +25,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # says that there is no GPU
 
 import keras
 import numpy as np
 from absl import app, flags
-from absl import logging as absl_logging
 
 import dp_transcribe as dpt
 from dp_transcribe import _validate, reporting
@@ -43,6 +42,7 @@ from dp_transcribe.distillation.features import scattering_features
 from dp_transcribe.export import check_target
 from dp_transcribe.generators.priors import default_prior
 from dp_transcribe.privacy.accounting import ACCOUNTANTS
+from dp_transcribe.programs import EXIT_INTERRUPTED, parse_flags, refuse
 from dp_transcribe.reference_teachers import (
     CONV_RECIPES,
     WAVELET_RECIPES,
@@ -96,8 +96,6 @@ NOTE = (
     "teacher's own answers included; nothing was chosen by them. The statement covers "
     "the student, not this report."
 )
-EXIT_REFUSED = 2
-EXIT_INTERRUPTED = 130
 
 
 class RefusedError(Exception):
@@ -677,34 +675,16 @@ def define_flags() -> None:
     flags.DEFINE_bool("resume", False, "Go on from the output folder's checkpoint.")
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """As absl does, but exits with the same status as other refusals."""
-    try:
-        rest = flags.FLAGS(argv)
-        if flags.FLAGS["verbosity"].using_default_value:
-            flags.FLAGS.verbosity = absl_logging.WARNING
-        return rest
-    except flags.Error as error:
-        refuse(f"{error}\nPass --helpshort to see the flags.")
-
-
-def refuse(message: str) -> NoReturn:
-    """Ends the program with a message, for what the user can mend."""
-    print(message, file=sys.stderr)
-    sys.exit(EXIT_REFUSED)
-
-
 def main(argv: list[str]) -> None:
     """Runs the example from the command line."""
+    del argv
     names = [field.name for field in dataclasses.fields(ExampleConfig)]
     try:
-        if len(argv) > 1:
-            raise RefusedError(f"Unknown arguments: {argv[1:]}. Flags begin with --.")
         with refusing():
             config = ExampleConfig(**{name: flags.FLAGS[name].value for name in names})
         report = run(config)
     except RefusedError as error:
-        refuse(str(error))
+        refuse(error)
     except KeyboardInterrupt as error:
         message = str(error) or "Interrupted: nothing was released."
         print(f"\n{message}", file=sys.stderr)

@@ -12,7 +12,6 @@ import functools
 import json
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from dp_transcribe.distillation import (
     NumericColumn,
     TableEncoder,
 )
+from dp_transcribe.programs import parse_flags, refuse
 
 _LOGGER = logging.getLogger(__name__)
 # Sizes that a cell nucleus' measures can have, rounded up; the standard errors have a
@@ -173,13 +173,12 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 def main(argv: list[str]) -> None:
     """Runs the example; complaints about what was given are one line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    del argv
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         report = run()
-    except ValueError as error:
-        sys.exit(str(error))
+    except (ValueError, OSError) as error:
+        refuse(error)
     for rows in ("real", "distilled"):
         for name, aucs in report[rows].items():
             _LOGGER.info("%s %s: %s", rows, name, aucs)
@@ -200,4 +199,4 @@ def define_flags(values: flags.FlagValues) -> None:
 
 if __name__ == "__main__":
     define_flags(FLAGS)
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

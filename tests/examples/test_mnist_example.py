@@ -19,7 +19,7 @@ import pytest
 import tensorflow as tf
 
 import dp_transcribe as dpt
-from dp_transcribe import methods, wavelets
+from dp_transcribe import methods, programs, wavelets
 from dp_transcribe.distillation import (
     Distillation,
     LinearTraining,
@@ -443,7 +443,7 @@ def test_ctrl_c_leaves_a_usable_state_and_resume_goes_on(config):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
-    assert process.returncode == example.EXIT_INTERRUPTED, errors
+    assert process.returncode == programs.EXIT_INTERRUPTED, errors
     assert "Traceback" not in errors
     assert "--resume" in output and "does NOT protect a" in output
     assert names_in(asked.folder) == FILES | KEPT
@@ -484,7 +484,7 @@ def test_ctrl_c_before_the_first_step_releases_nothing(config, monkeypatch):
 def test_the_command_line_refuses_without_a_traceback(arguments, said):
     process = start(*arguments)
     output, errors = process.communicate(timeout=60)
-    assert process.returncode == example.EXIT_REFUSED
+    assert process.returncode == programs.EXIT_REFUSED
     assert said in errors
     assert "Traceback" not in errors and output == ""
 
