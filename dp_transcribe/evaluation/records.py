@@ -15,15 +15,15 @@ import numpy as np
 from scipy import special
 
 from dp_transcribe import _validate
+from dp_transcribe.distillation.class_means import (
+    PublicDirections,
+    release_class_means,
+)
 from dp_transcribe.distillation.distill import Distillation
 from dp_transcribe.distillation.kernels import RBFKernel
 from dp_transcribe.distillation.kip import DPKIP, KIPTraining
 from dp_transcribe.distillation.linear import LinearTraining, PrivateLinearModel
-from dp_transcribe.distillation.matching import (
-    MeanMatching,
-    PublicDirections,
-    release_class_means,
-)
+from dp_transcribe.distillation.matching import MeanMatching
 from dp_transcribe.evaluation.canaries import (
     AuditResult,
     audit_scores,
@@ -191,6 +191,7 @@ def audit_class_means(
         ValueError: an argument is out of range.
     """
     _validate.positive_int("canaries", canaries)
+    settings = settings or MeanMatching(accountant="rdp")
     included = flip_coins(canaries, seed)
     records = _BRIGHTNESS * np.eye(canaries, dtype=np.float32)
     records[~included] = np.nan  # counts as zero
@@ -204,7 +205,9 @@ def audit_class_means(
         num_classes=_CLASSES,
         target_epsilon=target_epsilon,
         delta=delta,
-        settings=settings or MeanMatching(accountant="rdp"),
+        l2_norm=settings.l2_norm,
+        count_share=settings.count_share,
+        accountant=settings.accountant,
         seed=seed,
     )
     sums = released.means * released.counts[:, None]

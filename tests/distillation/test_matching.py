@@ -15,14 +15,12 @@ from dp_transcribe.distillation import (
     distill_means,
     embed_in_batches,
 )
-from dp_transcribe.distillation.matching import (
+from dp_transcribe.distillation.class_means import (
     PublicDirections,
     class_sums,
-    discriminants,
-    first_images,
-    herd,
     release_class_means,
 )
+from dp_transcribe.distillation.matching import discriminants, first_images, herd
 from dp_transcribe.privacy import Unit
 from tests.distillation.bars import Bars
 
@@ -138,7 +136,9 @@ def release(images, labels, directions, *, target_epsilon=1.0, seed=3, classes=2
         num_classes=classes,
         target_epsilon=target_epsilon,
         delta=1e-5,
-        settings=SETTINGS,
+        l2_norm=SETTINGS.l2_norm,
+        count_share=SETTINGS.count_share,
+        accountant=SETTINGS.accountant,
         seed=seed,
     )
 

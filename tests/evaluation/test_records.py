@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from dp_transcribe import learning
-from dp_transcribe.distillation import LinearTraining, linear, matching
+from dp_transcribe.distillation import LinearTraining, class_means, linear
 from dp_transcribe.distillation.releases import RecordSums
 from dp_transcribe.ensembles import ShardPlan
 from dp_transcribe.evaluation import (
@@ -72,9 +72,9 @@ def without_clipping(monkeypatch):
             return _bounded(*arguments, l2_norm=1e9, **kwargs)
 
         monkeypatch.setattr(module, "clipped_gradient_sum", unbounded)
-    class_sums = matching.class_sums
+    class_sums = class_means.class_sums
     monkeypatch.setattr(
-        matching,
+        class_means,
         "class_sums",
         lambda *rows, l2_norm, **kwargs: class_sums(*rows, l2_norm=10.0, **kwargs),
     )
