@@ -160,18 +160,18 @@ def check_objective(
     mechanism: Mechanism,
     second_student: keras.Model | None,
 ) -> None:
-    """Refuses terms that need more than the students' logits.
+    """Refuses terms that need more than the students' features and logits.
 
     A teacher that is itself private may be read, too.
     """
-    refused = ["activation", "batch_norm_statistics"]
+    refused = ["batch_norm_statistics"]
     if second_student is None:
         refused.append("student_disagreement")
     if not isinstance(mechanism, Inherited):
         refused.append("adversarial")
     for name in refused:
         if getattr(objective, name) != 0:
-            expected = f"an objective of the student's logits alone, with {name}=0"
+            expected = f"an objective of what the student sees alone, with {name}=0"
             raise _validate.invalid("objective", objective, expected)
 
 

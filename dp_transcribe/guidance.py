@@ -12,6 +12,7 @@ from dp_transcribe._validate import invalid, positive_finite, positive_int
 from dp_transcribe.generators.trainable import TrainableGenerator
 from dp_transcribe.losses.batch_norm_statistics import BatchNormStatistics
 from dp_transcribe.losses.objective import GeneratorObjective
+from dp_transcribe.students import last_features
 
 
 def pretrain_by_teacher(
@@ -43,7 +44,8 @@ def pretrain_by_teacher(
     generator and its samples must not be released; set `generator_covered=False`.
 
     Raises:
-        ValueError: the teacher is an ensemble, whose guarantee this would break.
+        ValueError: the teacher is an ensemble, whose guarantee this would break, or
+            the objective asks for what it does not have.
 
     References:
         DAFL, arXiv:1904.01186; DeepInversion, arXiv:1912.08795; as pretraining:
@@ -59,6 +61,7 @@ def pretrain_by_teacher(
         objective = GeneratorObjective(batch_norm_statistics=weight)
     reads = objective.reads_teacher
     statistics = BatchNormStatistics(teacher.model) if reads else None
+    looks = last_features(teacher.model) if objective.activation > 0 else None
     optimizer = keras.optimizers.Adam(learning_rate)
     optimizer.build(generator.trainable_variables)
 
@@ -68,7 +71,8 @@ def pretrain_by_teacher(
         with tf.GradientTape() as tape:
             images = generator(*inputs)
             term = None if statistics is None else statistics(images)
-            loss = objective(teacher.logits(images), statistics=term)
+            features = None if looks is None else looks(images, training=False)[0]
+            loss = objective(teacher.logits(images), features=features, statistics=term)
         gradients = tape.gradient(loss, generator.trainable_variables)
         optimizer.apply(gradients, generator.trainable_variables)
         return loss

@@ -175,6 +175,29 @@ def split_frozen(student: keras.Model) -> tuple[keras.Model, keras.Model] | None
     return front, head
 
 
+def last_features(model: keras.Model) -> keras.Model:
+    """What the last layer that has weights reads, and the logits, as one model.
+
+    Args:
+        model: a Functional or Sequential model.
+
+    Returns:
+        A model that shares the layers: `[features, logits]` of a batch of inputs.
+
+    Raises:
+        ValueError: that layer reads no single tensor of this model.
+    """
+    try:
+        last = next(layer for layer in reversed(model.layers) if layer.weights)
+        if isinstance(last, keras.Model):
+            raise TypeError("The features are inside another model.")
+        return keras.Model(model.inputs, [last.input, model.outputs[0]])
+    except (AttributeError, StopIteration, TypeError, ValueError) as error:
+        expected = "a Functional or Sequential model that ends in a layer with weights"
+        mend = "Set the weight of `activation` to 0."
+        raise invalid("model", model, expected, mend) from error
+
+
 def _clone(model: keras.Model, groups: int) -> keras.Model:
     """A copy of `model` with new weights and no batch normalisation."""
 

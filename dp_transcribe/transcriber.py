@@ -18,11 +18,10 @@ from dp_transcribe import _validate, compatibility
 from dp_transcribe._files import replacing
 from dp_transcribe.budget import DEFAULT_DELTA, Budget
 from dp_transcribe.ensembles import TeacherEnsemble
+from dp_transcribe.generator_learning import GeneratorLearner
 from dp_transcribe.learning import (
     AnswerLearner,
     GradientLearner,
-    as_int32,
-    dense,
     make_learner,
 )
 from dp_transcribe.losses.objective import GeneratorObjective
@@ -31,7 +30,7 @@ from dp_transcribe.mechanisms.clipping.validate import (
     check_student as check_clippable,
 )
 from dp_transcribe.mechanisms.inherited import Inherited
-from dp_transcribe.mechanisms.noise import QUERIES, NoiseSource, secret_bytes
+from dp_transcribe.mechanisms.noise import NoiseSource, secret_bytes
 from dp_transcribe.privacy.inheritance import inherit
 from dp_transcribe.privacy.ledger import Ledger
 from dp_transcribe.privacy.statement import PrivacyStatement, statement_from_ledger
@@ -190,6 +189,7 @@ class DPTranscriber(keras.Model):
         self.noise = NoiseSource(seed)
         self.schedule = tuple(_validate.positive_int("schedule", n) for n in schedule)
         self._learner: GradientLearner | AnswerLearner | None = None
+        self._generator_learner = GeneratorLearner(self)
         self._shows = self._is_accounted = self._was_loaded = False
         self._trackers = {
             name: keras.metrics.Mean(name=name)
@@ -394,7 +394,7 @@ class DPTranscriber(keras.Model):
         logs: dict[str, Any] = {}
         if self.trains_generator:
             for _ in range(self.generator_updates):
-                logs["generator_loss"] = self._update_generator()
+                logs["generator_loss"] = self._generator_learner.update()
         logs.update(self._make_learner().step())
         for name, value in logs.items():
             self._trackers[name].update_state(value)
@@ -423,39 +423,6 @@ class DPTranscriber(keras.Model):
         """The metrics of `evaluate`; those of training are `train_step`'s."""
         results = super().get_metrics_result()
         return {k: v for k, v in results.items() if k not in self._trackers}
-
-    def _update_generator(self) -> tf.Tensor:
-        """One update with the student as fixed discriminator.
-
-        The teacher is read only where it is itself private (`Inherited`).
-        """
-        number = self.noise.advance()
-        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        seed = self.noise.stream(number, QUERIES, part=replica)
-        count = max(self.generator_batch_size // self._num_replicas, 1)
-        inputs = self.generator.draw_inputs(count, as_int32(seed))
-        variables = self.generator.trainable_variables
-        with tf.GradientTape() as tape:
-            images = self.generator(*inputs)
-            logits = self.student(images, training=False)
-            second = None
-            if self.second_student is not None:
-                second = self.second_student(images, training=False)
-            loss = self.objective(
-                logits, second_logits=second, **self._read_teacher(images)
-            )
-        gradients = tape.gradient(loss, variables)
-        scale = 1.0 / self._num_replicas
-        self.generator_optimizer.apply(
-            [g * scale for g in dense(gradients, variables)], variables
-        )
-        return loss
-
-    def _read_teacher(self, images: tf.Tensor) -> dict[str, Any]:
-        """What the objective reads of a private teacher; nothing of any other."""
-        if not isinstance(self.mechanism, Inherited) or not self.objective.adversarial:
-            return {}
-        return {"released": self.teacher.probabilities(images)}
 
     def draw_queries(self, count: tf.Tensor | int, seed: tf.Tensor) -> tf.Tensor:
         """Images to ask about: from the generator and the public prior.

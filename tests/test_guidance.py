@@ -8,6 +8,7 @@ import tensorflow as tf
 from dp_transcribe.generators import MLPGenerator
 from dp_transcribe.guidance import pretrain_by_teacher
 from dp_transcribe.losses import GeneratorObjective
+from dp_transcribe.students import last_features
 from dp_transcribe.teachers import Teacher
 
 
@@ -41,6 +42,30 @@ def test_guided_images_spread_over_the_classes():
     pretrain_by_teacher(generator, teacher, objective=balance, steps=100, batch_size=64)
     after = teacher.probabilities(generator.sample(256, seed)).numpy().mean(0)
     assert np.ptp(after) < np.ptp(before)
+
+
+def test_guided_images_excite_the_features():
+    teacher = _teacher(batch_norm=False)
+    generator = MLPGenerator((8, 8, 1), latent_dim=4, units=(16,))
+    excite = GeneratorObjective(one_hot=0.0, information_entropy=0.0, activation=1.0)
+    losses = pretrain_by_teacher(
+        generator, teacher, objective=excite, steps=60, batch_size=32
+    )
+    features = last_features(teacher.model)
+    images = generator.sample(256, tf.constant([1, 2]))
+    seen, logits = features(images)
+    assert seen.shape == (256, 6 * 6 * 4)
+    np.testing.assert_allclose(logits, teacher.model(images), rtol=1e-5)
+    assert -np.abs(seen).mean() == pytest.approx(losses[-10:].mean(), rel=0.1)
+    assert losses[-1] < losses[0]
+
+
+def test_features_of_a_function_cannot_be_looked_at():
+    teacher = Teacher(lambda x: x[:, :3, 0, 0], input_shape=(8, 8, 1))
+    excite = GeneratorObjective(activation=1.0)
+    generator = MLPGenerator((8, 8, 1), latent_dim=4, units=(16,))
+    with pytest.raises(ValueError, match="`activation`"):
+        pretrain_by_teacher(generator, teacher, objective=excite)
 
 
 def test_bad_numbers_are_refused():
