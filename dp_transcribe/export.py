@@ -9,7 +9,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -25,6 +25,10 @@ _logger = logging.getLogger(__name__)
 SIGNATURE = "serving_default"
 # TensorFlow Serving leaves this folder of a SavedModel alone.
 EXTRA_ASSETS = "assets.extra"
+_BESIDE = (
+    "\n----\n\nBeside it, a guarantee of another unit. Each holds by itself; their "
+    "epsilons\nare never added.\n\n"
+)
 
 
 class GeneratorNotPrivateError(ValueError):
@@ -43,7 +47,9 @@ def export_student(
     The signature `serving_default` takes `image`, float32 `[batch, height, width,
     channels]` in the student's input range with any batch size, and returns `logits`
     and `probabilities`, float32 `[batch, classes]`, and `class`, int64 `[batch]`. The
-    statement lies in `assets.extra/` as `statement.txt` and `statement.json`.
+    statement lies in `assets.extra/` as `statement.txt` and `statement.json`; where
+    there are two, of two units, the text has both and the second one's file is
+    `statement.record.json`.
 
     The folder appears whole or not at all: it is written beside `path` and renamed.
 
@@ -52,7 +58,7 @@ def export_student(
             logits `[batch, classes]`.
         path: The folder to write, for TensorFlow Serving `<model name>/<version>`.
         statement: The privacy statement to put beside the student. Needed for a bare
-            student; a transcriber brings its own.
+            student; a transcriber brings its own (`privacy_statements`).
         overwrite: Whether an exported model at `path` may be replaced.
 
     Returns:
@@ -67,7 +73,7 @@ def export_student(
     """
     student = getattr(transcriber_or_student, "student", transcriber_or_student)
     _check_student(student)
-    statement = _statement_of(transcriber_or_student, statement)
+    statements = _statements_of(transcriber_or_student, statement)
     signature = tf.TensorSpec((None, *student.input_shape[1:]), tf.float32, "image")
 
     def serve(image: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -78,7 +84,7 @@ def export_student(
             "class": tf.argmax(logits, axis=-1, output_type=tf.int64),
         }
 
-    return _export(student, serve, [signature], path, statement, overwrite)
+    return _export(student, serve, [signature], path, statements, overwrite)
 
 
 def export_generator(
@@ -129,8 +135,8 @@ def export_generator(
     def serve(*inputs: tf.Tensor) -> dict[str, tf.Tensor]:
         return {"image": tf.cast(generator(*inputs), tf.float32)}
 
-    statement = transcriber.privacy_statement()
-    return _export(generator, serve, signature, path, statement, overwrite)
+    statements = transcriber.privacy_statements()
+    return _export(generator, serve, signature, path, statements, overwrite)
 
 
 def _export(
@@ -138,10 +144,10 @@ def _export(
     serve: Callable[..., dict[str, tf.Tensor]],
     signature: list[tf.TensorSpec],
     path: str | os.PathLike[str],
-    statement: PrivacyStatement,
+    statements: tuple[PrivacyStatement, ...],
     overwrite: bool,
 ) -> Path:
-    """Writes weights, inference function and statement, whole or not at all."""
+    """Writes weights, inference function and statements, whole or not at all."""
     module = tf.Module()
     # Only what inference reads: no seeds, metrics or optimizer hang on `weights`.
     module.parameters = [weight.value for weight in model.weights]
@@ -156,9 +162,14 @@ def _export(
         )
         extra = folder / EXTRA_ASSETS
         extra.mkdir()
-        (extra / "statement.txt").write_text(statement.to_text(), encoding="utf-8")
-        (extra / "statement.json").write_text(statement.to_json(), encoding="utf-8")
-    if not statement.is_private:
+        text = statements_text(statements)
+        (extra / "statement.txt").write_text(text, encoding="utf-8")
+        first, *others = statements
+        (extra / "statement.json").write_text(first.to_json(), encoding="utf-8")
+        for other in others:
+            name = f"statement.{other.unit.value.lower()}.json"
+            (extra / name).write_text(other.to_json(), encoding="utf-8")
+    if not all(statement.is_private for statement in statements):
         _logger.warning("%s has no privacy guarantee: its epsilon is infinite.", target)
     return target
 
@@ -192,12 +203,19 @@ def _activation(layer: keras.layers.Layer) -> Any:
     return getattr(layer, "activation", None)
 
 
-def _statement_of(source: Any, statement: PrivacyStatement | None) -> PrivacyStatement:
+def statements_text(statements: Sequence[PrivacyStatement]) -> str:
+    """Statements of several units as one text, in which each stands by itself."""
+    return _BESIDE.join(statement.to_text() for statement in statements)
+
+
+def _statements_of(
+    source: Any, statement: PrivacyStatement | None
+) -> tuple[PrivacyStatement, ...]:
     """The statement given, or the transcriber's own."""
-    if statement is None and hasattr(source, "privacy_statement"):
-        return source.privacy_statement()
+    if statement is None and hasattr(source, "privacy_statements"):
+        return source.privacy_statements()
     mend = "Pass the transcriber, or `statement=transcriber.privacy_statement()`."
-    return _validate.instance_of("statement", statement, PrivacyStatement, mend)
+    return (_validate.instance_of("statement", statement, PrivacyStatement, mend),)
 
 
 @contextmanager

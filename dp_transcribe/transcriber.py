@@ -666,6 +666,30 @@ class DPTranscriber(keras.Model):
             },
         )
 
+    def privacy_statements(
+        self, *, delta: float | None = None, accountant: str | None = None
+    ) -> tuple[PrivacyStatement, ...]:
+        """All that is guaranteed of the student: one statement for each unit.
+
+        Where a mechanism of unit `RESPONSE` asks a teacher that is itself private, the
+        student also inherits the teacher's guarantee for its records. Each statement
+        holds by itself; epsilons of different units are never added.
+
+        Args:
+            delta: see `privacy_statement`; of the mechanism's.
+            accountant: see `privacy_statement`; of the mechanism's.
+
+        Returns:
+            The mechanism's statement first.
+        """
+        own = self.privacy_statement(delta=delta, accountant=accountant)
+        inherited = getattr(self.teacher, "statement", None)
+        if inherited is None or own.unit is inherited.unit:
+            return (own,)
+        covered, left_out = ["student"], ["checkpoints (they hold keys)"]
+        (covered if self.generator_covered else left_out).append("generator")
+        return own, inherit(inherited, covered=covered, not_covered=left_out)
+
     # How it is kept.
 
     def get_config(self) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from dp_transcribe.cli import check_fits
 from dp_transcribe.data import DATASETS, PRIOR_DOMAINS, ImageDataset, load_dataset
 from dp_transcribe.distillation import Distillation, kernel_for_domain
 from dp_transcribe.distillation.features import scattering_features
-from dp_transcribe.export import check_target
+from dp_transcribe.export import check_target, statements_text
 from dp_transcribe.generators.priors import default_prior
 from dp_transcribe.privacy.accounting import ACCOUNTANTS
 from dp_transcribe.programs import EXIT_INTERRUPTED, parse_flags, refuse
@@ -524,19 +524,17 @@ def write_results(folder: Path, run: Transcription, *, interrupted: bool) -> dic
     transcriber, recorder = run.transcriber, run.recorder
     seconds = recorder.seconds
     reporting.finalize(transcriber)
-    statement = transcriber.privacy_statement()
-    dpt.export_student(
-        transcriber, folder / STUDENT, statement=statement, overwrite=True
-    )
-    reporting.write_text(folder / "statement.txt", statement.to_text())
-    report = make_report(run, statement, seconds=seconds, interrupted=interrupted)
+    statements = transcriber.privacy_statements()
+    dpt.export_student(transcriber, folder / STUDENT, overwrite=True)
+    reporting.write_text(folder / "statement.txt", statements_text(statements))
+    report = make_report(run, statements, seconds=seconds, interrupted=interrupted)
     samples = reporting.draw_samples(transcriber)
     reporting.plot_samples(folder / "samples.png", samples)
     reporting.plot_curve(
         folder / "curve.png",
         recorder.history,
         teacher_accuracy=report["teacher"]["test_accuracy"],
-        unit=statement.unit,
+        unit=statements[0].unit,
     )
     reporting.write_json(folder / "report.json", report)
     return report
@@ -544,12 +542,13 @@ def write_results(folder: Path, run: Transcription, *, interrupted: bool) -> dic
 
 def make_report(
     run: Transcription,
-    statement: dpt.PrivacyStatement,
+    statements: tuple[dpt.PrivacyStatement, ...],
     *,
     seconds: float,
     interrupted: bool,
 ) -> dict[str, Any]:
     """What report.json holds; accuracies and agreement are fractions."""
+    statement, *others = statements
     facts, dataset = run.recorder.facts, run.dataset
     config = ExampleConfig(**facts["config"])
     images, labels = dataset.test_images, dataset.test_labels
@@ -573,6 +572,7 @@ def make_report(
             "agreement": fraction(by_student == by_teacher),
         },
         "statement": statement.to_dict(),
+        "statements_beside": [other.to_dict() for other in others],
         "releases": run.transcriber.ledger.releases(statement.unit),
         "seconds": {
             "teacher": seconds_of_teacher,
@@ -612,6 +612,12 @@ def summary(report: dict[str, Any], folder: Path) -> str:
         f"Release: {folder / STUDENT} and nothing else; checkpoint.keras, if there is "
         "one, holds the teacher.",
     ]
+    for other in report["statements_beside"]:
+        lines.append(
+            f"Beside it, by the teacher's own guarantee: epsilon "
+            f"{other['epsilon']:.4g} per unit {other['unit']} at delta "
+            f"{other['delta']:g}."
+        )
     if report["seed"] is not None:
         lines.append(f"NOT for release: the noise follows from seed {report['seed']}.")
     if report["interrupted"]:

@@ -28,8 +28,8 @@ class Transcribed:
     generator_covered: bool
     statement: PrivacyStatement
 
-    def privacy_statement(self) -> PrivacyStatement:
-        return self.statement
+    def privacy_statements(self) -> tuple[PrivacyStatement, ...]:
+        return (self.statement,)
 
 
 def make_student(name: str = "student") -> keras.Model:

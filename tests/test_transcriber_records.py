@@ -8,8 +8,12 @@ import pytest
 
 import dp_transcribe as dpt
 from dp_transcribe.mechanisms import NoisyAnswer, NormalizedGradient
-from dp_transcribe.privacy.units import Unit
+from dp_transcribe.mechanisms.inherited import Inherited
+from dp_transcribe.privacy.ledger import Ledger
+from dp_transcribe.privacy.statement import PrivacyStatement, statement_from_ledger
+from dp_transcribe.privacy.units import Relation, Unit
 from dp_transcribe.queries import FreshQueries
+from dp_transcribe.teachers import Teacher
 from tests import tiny
 from tests.tiny import fit
 
@@ -116,3 +120,54 @@ def test_several_steps_per_execution_are_accounted_together():
     fit(model, 4, target_epsilon=1.0)
     assert model.ledger.releases(Unit.RECORD) == 4
     assert 0.99 < epsilon(model) <= 1.0
+
+
+def private_teacher():
+    """A teacher that is said to be private; its own fit is tested elsewhere."""
+    statement = statement_from_ledger(
+        Ledger(),
+        unit=Unit.RECORD,
+        relation=Relation.REPLACE_SPECIAL,
+        delta=tiny.DELTA,
+        accountant="rdp",
+        mechanism="PrivateTraining",
+        covered=["teacher"],
+    )
+    statement = dataclasses.replace(statement, epsilon=3.0)
+    return Teacher(tiny.linear_model(5), outputs="logits", statement=statement)
+
+
+def test_answers_of_a_private_teacher_have_two_guarantees(tmp_path):
+    model = tiny.transcriber(NormalizedGradient(), teacher=private_teacher())
+    fit(model, 2, target_epsilon=1.0)
+    answers, records = model.privacy_statements()
+    assert answers.to_dict() == model.privacy_statement().to_dict()
+    assert (answers.unit, records.unit) == (Unit.RESPONSE, Unit.RECORD)
+    assert (answers.epsilon <= 1.0, records.epsilon) == (True, 3.0)
+    assert set(records.covered) == {"teacher", "student", "generator"}
+    assert records.inherited_from == "the teacher"
+    extra = dpt.export_student(model, tmp_path / "1") / "assets.extra"
+    read = [(extra / f"statement{name}.json") for name in ("", ".record")]
+    for path, statement in zip(read, (answers, records), strict=True):
+        assert PrivacyStatement.from_json(path.read_text()) == statement
+    text = (extra / "statement.txt").read_text()
+    assert text.startswith(answers.to_text()) and text.endswith(records.to_text())
+    assert "never added" in " ".join(text.split())
+
+
+def test_of_an_ordinary_or_asked_without_noise_teacher_there_is_one():
+    ordinary = tiny.transcriber(NormalizedGradient(noise_multiplier=1.0))
+    assert ordinary.privacy_statements() == (ordinary.privacy_statement(),)
+    teacher = private_teacher()
+    free = tiny.transcriber(Inherited(teacher.statement), teacher=teacher)
+    assert free.privacy_statements() == (free.privacy_statement(),)
+
+
+def test_a_generator_that_is_not_covered_is_not_by_the_teachers_guarantee_either():
+    model = tiny.transcriber(
+        NormalizedGradient(), teacher=private_teacher(), generator_covered=False
+    )
+    fit(model, 2, target_epsilon=1.0)
+    for statement in model.privacy_statements():
+        assert "generator" in statement.not_covered
+        assert "generator" not in statement.covered
