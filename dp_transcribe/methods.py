@@ -293,6 +293,7 @@ def pate(
     prior: ProceduralGenerator,
     *,
     release: str = "votes",
+    threshold: float | None = None,
     student: keras.Model | None = None,
     generator: Any = None,
     epochs: int = 10,
@@ -306,6 +307,8 @@ def pate(
         prior: public source of the queries.
         release: "votes" keeps the noisy counts, "label" only the class that leads
             (GNMax as published). The cost is the same.
+        threshold: votes that the leading class needs, noise added, for an answer
+            (Confident-GNMax); None answers every query. See `NoisyVotes`.
         student: logits `[batch, classes]`; a `wavelet_student` by default.
         generator: a trainable generator of a tenth of the queries, guided by the
             student; by default the prior makes them all.
@@ -329,7 +332,9 @@ def pate(
         prior,
         student,
         generator or prior,
-        NoisyVotes(num_teachers=_num_teachers(ensemble), released=release),
+        NoisyVotes(
+            num_teachers=_num_teachers(ensemble), released=release, threshold=threshold
+        ),
         head=LINEAR,
         schedule=(epochs, steps_per_epoch),
         batch_size=512,

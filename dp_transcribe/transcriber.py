@@ -444,6 +444,30 @@ class DPTranscriber(keras.Model):
         ]
         return tf.concat(parts, 0)
 
+    def answered_queries(self) -> tuple[np.ndarray, np.ndarray]:
+        """The queries that the replay keeps, and what was released about them.
+
+        Returns:
+            uint8 codes `[n, *image_shape]`, 0 to 255 over the teacher's input range,
+            and released answers float32 `[n, classes]`. Of all workers; with several,
+            all of them call it at once.
+
+        Raises:
+            ValueError: the mechanism releases no answers.
+
+        **Privacy**: covered by the statement, if the generator is.
+        """
+        learner = self._make_learner()
+        if not isinstance(learner, AnswerLearner):
+            expected = "a mechanism that releases answers"
+            raise _validate.invalid("mechanism", self.mechanism, expected)
+        codes, released, _ = learner.get_replay()
+        answers = released[:, :, 0]
+        return (
+            codes.reshape(-1, *codes.shape[2:]),
+            answers.reshape(-1, answers.shape[-1]),
+        )
+
     # What it costs.
 
     def fit(  # type: ignore[override]

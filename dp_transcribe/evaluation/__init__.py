@@ -2,6 +2,7 @@
 
 from dp_transcribe.evaluation.bounds import epsilon_lower_bound, gaussian_lower_bound
 from dp_transcribe.evaluation.canaries import AuditResult, audit_scores
+from dp_transcribe.evaluation.data_dependent import data_dependent_cost
 from dp_transcribe.evaluation.inversion import Inversion, invert, recognised
 from dp_transcribe.evaluation.membership import (
     Answers,
@@ -35,6 +36,7 @@ __all__ = [
     "audit_responses",
     "audit_scores",
     "audit_votes",
+    "data_dependent_cost",
     "epsilon_lower_bound",
     "gaussian_lower_bound",
     "invert",

@@ -3,7 +3,7 @@
 from dp_transcribe.mechanisms.ensemble_gradient import EnsembleGradient
 from dp_transcribe.mechanisms.inherited import Inherited
 from dp_transcribe.mechanisms.noisy_answer import NoisyAnswer
-from dp_transcribe.mechanisms.noisy_votes import NoisyVotes
+from dp_transcribe.mechanisms.noisy_votes import NoisyVotes, answer_confidently
 from dp_transcribe.mechanisms.output_gradient import NormalizedOutputGradient
 from dp_transcribe.mechanisms.randomized_response import (
     RandomizedResponse,
@@ -21,4 +21,5 @@ __all__ = [
     "NormalizedOutputGradient",
     "RandomizedResponse",
     "SelectiveRandomizedResponse",
+    "answer_confidently",
 ]

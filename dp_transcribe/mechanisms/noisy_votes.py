@@ -63,7 +63,7 @@ class NoisyVotes(AnswerMechanism):
     compose; with a threshold the check is one more for every query that is *asked*.
     Inside a transcription every query asked is counted as answered;
     `answer_confidently` counts those that were. The accounting reads no vote:
-    `privacy.gnmax` has the one that does, and whose epsilon is not private.
+    `evaluation.data_dependent_cost` does, and its epsilon is not private.
 
     References:
         Papernot et al. 2018, arXiv:1802.08908; PATE, arXiv:1610.05755. Releasing the
