@@ -128,6 +128,17 @@ def instance_of(
     return value
 
 
+def written_range(name: str, text: str | None) -> tuple[float, float]:
+    """Checks a range of pixels as a flag has it, `low,high`; None is 0 to 1."""
+    try:
+        low, high = map(float, ("0,1" if text is None else text).split(","))
+    except ValueError:
+        low, high = math.nan, math.nan
+    if not -math.inf < low < high < math.inf:
+        raise invalid(name, text, "low,high with low < high, such as 0,255")
+    return low, high
+
+
 def writable_dir(name: str, path: str | os.PathLike[str]) -> Path:
     """Checks that a folder can be written to, creating it where it is missing.
 

@@ -169,6 +169,28 @@ def audit(config: AuditConfig) -> dict[str, Any]:
     return report
 
 
+def load_in_range(path: str, input_range: tuple[float, float]) -> Teacher:
+    """The teacher that is given on the command line.
+
+    Args:
+        path: of `--teacher`, see `load_teacher`.
+        input_range: lowest and highest pixel that it takes, of `--teacher_range`.
+
+    Returns:
+        The teacher.
+
+    Raises:
+        ValueError: what is there is no teacher, or none of such pixels.
+        FileNotFoundError: nothing is there.
+    """
+    try:
+        return load_teacher(path, input_range=input_range)
+    except ValueError as error:
+        low, high = input_range
+        expected = f"a teacher of pixels from {low:g} to {high:g} (`--teacher_range`)"
+        raise _validate.invalid("teacher", path, expected, str(error)) from error
+
+
 def check_fits(name: str, model: Teacher, dataset: ImageDataset) -> None:
     """Refuses a model of other images or classes than a data set's.
 

@@ -10,6 +10,7 @@ import threading
 import urllib.error
 import urllib.request
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,17 @@ class ImageDataset:
     def image_shape(self) -> tuple[int, ...]:
         """Shape of one image."""
         return self.train_images.shape[1:]
+
+    def in_range(self, bounds: Sequence[float]) -> ImageDataset:
+        """The same images with pixels from `low` to `high` in place of 0 to 1."""
+        low, high = bounds
+        if (low, high) == (0.0, 1.0):
+            return self
+        return dataclasses.replace(
+            self,
+            train_images=low + (high - low) * self.train_images,
+            test_images=low + (high - low) * self.test_images,
+        )
 
 
 def load_dataset(

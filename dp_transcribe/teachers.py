@@ -254,6 +254,7 @@ def load_teacher(
     path: str | os.PathLike[str],
     *,
     outputs: Outputs | None = None,
+    input_shape: Sequence[int] | None = None,
     input_range: Sequence[float] = (0.0, 1.0),
     statement: PrivacyStatement | str | os.PathLike[str] | None = None,
 ) -> Teacher:
@@ -262,6 +263,7 @@ def load_teacher(
     Args:
         path: Where the model is.
         outputs: See `Teacher`.
+        input_shape: See `Teacher`. Needed for a model that takes images of any size.
         input_range: See `Teacher`.
         statement: The privacy statement of a privately trained teacher, or its JSON
             file. By default the file that `Teacher.save` wrote beside it, if any.
@@ -275,7 +277,13 @@ def load_teacher(
         statement = _beside(Path(path))
     if isinstance(statement, (str, os.PathLike)):
         statement = _statement_of(Path(path), Path(statement))
-    return Teacher(path, outputs=outputs, input_range=input_range, statement=statement)
+    return Teacher(
+        path,
+        outputs=outputs,
+        input_shape=input_shape,
+        input_range=input_range,
+        statement=statement,
+    )
 
 
 def _beside(path: Path) -> Path:

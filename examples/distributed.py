@@ -26,7 +26,7 @@ from absl import app, flags
 
 import dp_transcribe as dpt
 from dp_transcribe import _validate, reporting, workers
-from dp_transcribe.cli import check_fits
+from dp_transcribe.cli import check_fits, load_in_range
 from dp_transcribe.data import ImageDataset, load_dataset
 from dp_transcribe.generators.priors import default_prior
 from dp_transcribe.programs import parse_flags, refuse
@@ -48,6 +48,7 @@ flags.DEFINE_integer("batch_size", 512, "Answers per update, over all replicas."
 flags.DEFINE_float("learning_rate", 0.5, "Of SGD with momentum 0.9.")
 flags.DEFINE_string("data_dir", None, "Folder prepared by tensorflow-datasets.")
 flags.DEFINE_string("teacher", None, ".keras file; every worker needs it.")
+flags.DEFINE_string("teacher_range", None, "Its pixels, low,high; by default 0,1.")
 flags.DEFINE_string("output_dir", "output/distributed", "Where the results go.")
 flags.DEFINE_integer("seed", None, "For tests; the noise is secret without it.")
 flags.DEFINE_bool("resume", False, "Go on from the checkpoint, on every worker.")
@@ -73,7 +74,8 @@ def make_teacher(strategy: tf.distribute.Strategy, data: ImageDataset) -> Any:
     """The given teacher, or one that the first worker trains for all."""
     if FLAGS.teacher:
         with strategy.scope():
-            teacher = dpt.load_teacher(FLAGS.teacher)
+            bounds = _validate.written_range("teacher_range", FLAGS.teacher_range)
+            teacher = load_in_range(FLAGS.teacher, bounds)
         check_fits("teacher", teacher, data)
         return teacher
     model = conv_teacher(data.image_shape, data.num_classes, recipe=RECIPE)
@@ -101,7 +103,9 @@ def make_transcriber(teacher: Any) -> dpt.DPTranscriber:
     transcriber = dpt.DPTranscriber(
         teacher,
         lenet_student(teacher.input_shape, teacher.num_classes),
-        default_prior(teacher.input_shape, domain="strokes"),
+        default_prior(
+            teacher.input_shape, domain="strokes", output_range=teacher.input_range
+        ),
         mechanism=dpt.NormalizedGradient(),
         queries=dpt.QueryPool(
             size=FLAGS.batch_size * min(steps, 50),
@@ -157,6 +161,7 @@ def write_results(transcriber: dpt.DPTranscriber, data: ImageDataset) -> None:
     student.set_weights(transcriber.student.get_weights())
     dpt.export_student(student, folder / STUDENTS, statement=statement, overwrite=True)
     reporting.write_text(folder / "statement.txt", statement.to_text())
+    data = data.in_range(transcriber.teacher.input_range)
     classes = reporting.predict_classes(student, data.test_images)
     replicas = transcriber.distribute_strategy.num_replicas_in_sync
     print(statement.to_text().split("\n\n")[0])
@@ -189,6 +194,7 @@ def main(argv: list[str]) -> None:
     try:
         _validate.positive_finite("epsilon", FLAGS.epsilon)
         _validate.fraction_open("delta", FLAGS.delta)
+        _validate.written_range("teacher_range", FLAGS.teacher_range)
         _validate.writable_dir("output_dir", FLAGS.output_dir)
         strategy = make_strategy()
         data = load_dataset("mnist", FLAGS.data_dir)

@@ -35,7 +35,7 @@ from absl import app, flags
 
 import dp_transcribe as dpt
 from dp_transcribe import _validate, reporting
-from dp_transcribe.cli import check_fits
+from dp_transcribe.cli import check_fits, load_in_range
 from dp_transcribe.data import DATASETS, PRIOR_DOMAINS, ImageDataset, load_dataset
 from dp_transcribe.distillation import Distillation, kernel_for_domain
 from dp_transcribe.distillation.features import scattering_features
@@ -120,6 +120,7 @@ class ExampleConfig:
     dataset: str = "mnist"
     data_dir: str | None = None
     teacher: str | None = None
+    teacher_range: str | None = None
     teacher_network: str | None = None
     assistant: bool = False
     output_dir: str | None = None
@@ -149,6 +150,11 @@ class ExampleConfig:
             raise _validate.invalid(
                 "teacher_network", self.teacher_network, expected, mend
             )
+        if self.teacher_range is not None and self.teacher is None:
+            mend = "A teacher that is trained here takes pixels from 0 to 1."
+            expected = "None without a `--teacher`"
+            raise _validate.invalid("teacher_range", self.teacher_range, expected, mend)
+        _validate.written_range("teacher_range", self.teacher_range)
         for name, value in self.schedule.items():
             _validate.positive_int(name, value)
 
@@ -179,6 +185,11 @@ class ExampleConfig:
         if self.unit == "response":
             return self.method or "dpdfd"
         return self.route or "dp_teacher"
+
+    @property
+    def input_range(self) -> tuple[float, float]:
+        """Lowest and highest pixel that the given teacher takes."""
+        return _validate.written_range("teacher_range", self.teacher_range)
 
     @property
     def schedule(self) -> dict[str, int]:
@@ -236,7 +247,9 @@ def run(config: ExampleConfig) -> dict[str, Any]:
 
 def begin(config: ExampleConfig) -> Transcription:
     """A new run, with the teacher given or one trained here."""
-    given = dpt.load_teacher(config.teacher) if config.teacher else None
+    given = (
+        load_in_range(config.teacher, config.input_range) if config.teacher else None
+    )
     if given is not None and config.unit == "record" and given.statement is None:
         mend = "Put its statement beside it (see `Teacher.save`), or leave it out."
         expected = "a teacher with a privacy statement of unit RECORD"
@@ -254,7 +267,8 @@ def begin(config: ExampleConfig) -> Transcription:
     facts: dict[str, Any] = {"config": dataclasses.asdict(config)}
     facts["teacher"] = {"source": source}
     if config.assistant:
-        test = dataset.test_images, np.asarray(dataset.test_labels)
+        asked = dataset.in_range(teacher.input_range)
+        test = asked.test_images, np.asarray(asked.test_labels)
         facts["teacher"] = {
             "source": f"assistant, {source}",
             "assisted_test_accuracy": teacher.accuracy(*test),
@@ -288,8 +302,9 @@ def prepared(
     dataset: ImageDataset,
     **progress: Any,
 ) -> Transcription:
-    """The run with what records it."""
+    """The run with what records it, on images as the teacher takes them."""
     teacher = transcriber.teacher
+    dataset = dataset.in_range(teacher.input_range)
     can_be_saved = teacher.model is not None or isinstance(teacher, dpt.TeacherEnsemble)
     if not can_be_saved:
         _LOGGER.warning("Only a Keras teacher can be saved: there is no checkpoint.")
@@ -338,7 +353,7 @@ def assistant_of(
     images = dataset.train_images
     model = train_wavelet_teacher(
         images,
-        teacher.predict(images),
+        teacher.predict(dataset.in_range(teacher.input_range).train_images),
         num_classes=dataset.num_classes,
         prior=public_prior(config, dataset.image_shape),
         recipe=WAVELET_RECIPES[dataset.name],
@@ -422,9 +437,14 @@ def keep_teacher(teacher: dpt.Teacher, path: Path) -> None:
             os.replace(written, path.parent / written.name)
 
 
-def public_prior(config: ExampleConfig, image_shape: tuple[int, ...]) -> Any:
+def public_prior(
+    config: ExampleConfig,
+    image_shape: tuple[int, ...],
+    output_range: tuple[float, float] = (0.0, 1.0),
+) -> Any:
     """Random images of the kind that the data set has."""
-    return default_prior(image_shape, domain=PRIOR_DOMAINS[config.dataset])
+    domain = PRIOR_DOMAINS[config.dataset]
+    return default_prior(image_shape, domain=domain, output_range=output_range)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -481,7 +501,7 @@ def build(config: ExampleConfig, teacher: dpt.Teacher) -> dpt.DPTranscriber:
     """The method's transcriber, with a prior that suits the kind of images."""
     if config.seed is not None:
         keras.utils.set_random_seed(config.seed % 2**32)  # of the initial weights
-    prior = public_prior(config, teacher.input_shape)
+    prior = public_prior(config, teacher.input_shape, teacher.input_range)
     print(f"Preparing {config.way}: queries come from public processes.")
     settings: dict[str, Any] = {"seed": config.seed, **config.schedule}
     if config.unit == "record":
@@ -658,8 +678,14 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "teacher",
         None,
-        ".keras file or SavedModel for pixels 0..1; skips training. For unit record "
-        "its statement lies beside it.",
+        ".keras file or SavedModel; skips training. For unit record its statement lies "
+        "beside it.",
+    )
+    flags.DEFINE_string(
+        "teacher_range",
+        None,
+        "low,high: pixels that the given teacher takes, and so will the student; by "
+        "default 0,1.",
     )
     flags.DEFINE_enum(
         "teacher_network",

@@ -89,6 +89,20 @@ def test_other_data_sets_say_how_to_prepare_them(offline):
         data.load_dataset("cifar10")
 
 
+def test_pixels_are_stretched_to_another_range(mnist_small):
+    assert mnist_small.in_range((0.0, 1.0)) is mnist_small
+    other = mnist_small.in_range((-1.0, 3.0))
+    for part in ("train", "test"):
+        images = getattr(other, f"{part}_images")
+        assert images.dtype == np.float32
+        assert (images.min(), images.max()) == (-1.0, 3.0)
+        np.testing.assert_allclose(
+            images, 4.0 * getattr(mnist_small, f"{part}_images") - 1.0, atol=1e-6
+        )
+        labels = getattr(mnist_small, f"{part}_labels")
+        np.testing.assert_array_equal(getattr(other, f"{part}_labels"), labels)
+
+
 def test_unknown_name_lists_the_choices():
     with pytest.raises(ValueError, match="'mnist', 'fashion_mnist', 'cifar10'"):
         data.load_dataset("svhn")

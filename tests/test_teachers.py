@@ -126,6 +126,21 @@ def test_saved_teachers_answer_as_before(kind, model, images, tmp_path):
     np.testing.assert_allclose(teacher.probabilities(images), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["keras", "saved_model"])
+def test_a_saved_teacher_of_any_size_is_told_its_size(kind, tmp_path):
+    inputs = keras.layers.Input((None, None, 1))
+    pooled = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(3, 3)(inputs))
+    model = keras.Model(inputs, pooled)
+    path = tmp_path / ("teacher.keras" if kind == "keras" else "teacher")
+    model.save(path) if kind == "keras" else model.export(path, verbose=False)
+    with pytest.raises(ValueError, match="`input_shape`"):
+        load_teacher(path)
+    with pytest.raises(ValueError, match="`input_shape`.*own input shape"):
+        load_teacher(path, input_shape=(9, 9, 3))
+    teacher = load_teacher(path, input_shape=(9, 9, 1))
+    assert (teacher.input_shape, teacher.num_classes) == ((9, 9, 1), 3)
+
+
 def test_missing_and_damaged_files_are_named(model, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.keras"):
         load_teacher(tmp_path / "nowhere.keras")

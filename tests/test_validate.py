@@ -67,6 +67,19 @@ def test_seed_refuses(value):
         _validate.optional_seed("seed", value)
 
 
+@pytest.mark.parametrize(
+    "text", ["", "0", "0,1,2", "0;255", "1,0", "1,1", "nan,1", "0,inf", "low,high"]
+)
+def test_written_range_refuses(text):
+    with pytest.raises(ValueError, match="`pixels`.*low,high with low < high"):
+        _validate.written_range("pixels", text)
+
+
+def test_written_ranges():
+    assert _validate.written_range("pixels", "-1, 1") == (-1.0, 1.0)
+    assert _validate.written_range("pixels", None) == (0.0, 1.0)
+
+
 def test_accepted_values_come_back_as_plain_python():
     cases = [
         (_validate.positive_finite("x", np.float32(0.5)), 0.5, float),

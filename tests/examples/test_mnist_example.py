@@ -26,11 +26,25 @@ from dp_transcribe.distillation import (
     MirroredKernel,
     ScatteringKernel,
 )
+from dp_transcribe.privacy import Relation
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 FILES = {"report.json", "statement.txt", "samples.png", "curve.png", "student"}
 KEPT = {"checkpoint.keras", "checkpoint.json"}
+RECORD_STATEMENT = dpt.PrivacyStatement(
+    unit=dpt.Unit.RECORD,
+    relation=Relation.REPLACE_ONE,
+    epsilon=1.0,
+    epsilon_pld=None,
+    delta=1e-5,
+    accountant="rdp",
+    mechanism="ClippedGradient",
+    covered=("teacher",),
+    not_covered=(),
+    sampling="Poisson samples of records.",
+    noise_seed=None,
+)
 
 
 def load(name, path):
@@ -245,6 +259,55 @@ def test_a_teacher_without_a_statement_gives_none(config, nothing_starts):
         example.run(config(unit="record"))
 
 
+def of_bytes(model):
+    """The same classifier, for pixels from 0 to 255."""
+    layers = [keras.layers.Input((28, 28, 1)), keras.layers.Rescaling(1 / 255)]
+    return keras.Sequential([*layers, *model.layers])
+
+
+@pytest.mark.parametrize("unit", ["response", "record"])
+def test_a_teacher_of_other_pixels_is_asked_about_such_ones(
+    config, teacher_file, tmp_path, unit
+):
+    plain, path = keras.saving.load_model(teacher_file), tmp_path / "bytes.keras"
+    statement = RECORD_STATEMENT if unit == "record" else None
+    dpt.Teacher(of_bytes(plain), input_range=(0, 255), statement=statement).save(path)
+    asked = config(unit=unit, teacher=str(path), teacher_range="0,255")
+    report = example.run(asked)
+    data = example.load_dataset("mnist", asked.data_dir)
+    accuracy = dpt.Teacher(plain).accuracy(data.test_images, data.test_labels)
+    assert report["teacher"]["test_accuracy"] == pytest.approx(accuracy)
+    served = tf.saved_model.load(str(asked.folder / "student" / "1"))
+    answers = served.signatures["serving_default"](image=255 * data.test_images)
+    hits = answers["class"].numpy() == data.test_labels
+    assert report["student"]["test_accuracy"] == pytest.approx(np.mean(hits))
+
+
+def test_an_assistant_asks_about_the_teachers_pixels(
+    config, teacher_file, quick_wavelets, tmp_path
+):
+    plain, path = keras.saving.load_model(teacher_file), tmp_path / "bytes.keras"
+    of_bytes(plain).save(path)
+    asked = config(assistant=True, teacher=str(path), teacher_range="0,255")
+    run = example.begin(asked)
+    test = run.dataset.test_images, np.asarray(run.dataset.test_labels)
+    accuracy = dpt.Teacher(plain).accuracy(*test)
+    said = run.recorder.facts["teacher"]
+    assert said["assisted_test_accuracy"] == pytest.approx(accuracy)
+    assert run.transcriber.teacher.input_range == (0.0, 1.0)
+
+
+def test_a_teacher_of_whole_numbers_asks_for_its_range(
+    config, nothing_starts, tmp_path
+):
+    inputs = keras.layers.Input((28, 28, 1), dtype="uint8")
+    flat = keras.layers.Flatten()(inputs)
+    path = tmp_path / "whole.keras"
+    keras.Model(inputs, keras.layers.Dense(10)(flat)).save(path)
+    with pytest.raises(example.RefusedError, match="teacher_range.*uint8.*255"):
+        example.run(config(teacher=str(path)))
+
+
 def test_reported_figures_are_those_of_the_exported_student(finished, teacher_file):
     asked, report = finished
     data = example.load_dataset("mnist", asked.data_dir)
@@ -301,6 +364,9 @@ def test_summary_says_what_is_not_protected_and_what_to_release(finished):
             "teacher_network",
         ),
         ({"assistant": True, "unit": "record"}, "assistant"),
+        ({"teacher_range": "0;255"}, "teacher_range"),
+        ({"teacher_range": "255,0"}, "teacher_range"),
+        ({"teacher_range": "0,255", "teacher": None}, "teacher_range"),
         ({"route": "dp_teacher"}, "route"),
         ({"route": "votes", "method": "srr"}, "route"),
         ({"unit": "record", "method": "srr", "teacher": None}, "method"),
