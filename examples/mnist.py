@@ -37,8 +37,11 @@ import dp_transcribe as dpt
 from dp_transcribe import _validate, reporting
 from dp_transcribe.cli import check_fits, load_in_range
 from dp_transcribe.data import DATASETS, PRIOR_DOMAINS, ImageDataset, load_dataset
-from dp_transcribe.distillation import Distillation, kernel_for_domain
-from dp_transcribe.distillation.features import scattering_features
+from dp_transcribe.distillation import (
+    Distillation,
+    kernel_for_domain,
+    scattering_features,
+)
 from dp_transcribe.export import check_target, statements_text
 from dp_transcribe.generators.priors import default_prior
 from dp_transcribe.privacy.accounting import ACCOUNTANTS

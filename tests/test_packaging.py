@@ -83,6 +83,21 @@ def test_a_plain_install_imports_from_anywhere(wheel, tmp_path):
     assert Path(done.stdout.strip()).is_relative_to(tmp_path / "site")
 
 
+def test_what_is_saved_loads_where_the_package_is_imported():
+    """Keras finds a class only when its module was imported."""
+    program = "import sys, dp_transcribe; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
+    registering = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in PACKAGE.rglob("*.py")
+        if "@keras.saving.register_keras_serializable" in path.read_text("utf-8")
+    }
+    assert "dp_transcribe.transcriber" in registering
+    assert registering <= set(done.stdout.split()), done.stderr
+
+
 def test_version_and_python_range(metadata):
     source = (PACKAGE / "_version.py").read_text(encoding="utf-8")
     assert f'__version__ = "{metadata["Version"]}"' in source

@@ -2,6 +2,7 @@
 
 from dp_transcribe.distillation.dataset import DistilledDataset, balanced_labels
 from dp_transcribe.distillation.distill import Distillation, distill, kernel_for_domain
+from dp_transcribe.distillation.features import scattering_features
 from dp_transcribe.distillation.kernels import (
     InterceptKernel,
     Kernel,
@@ -52,5 +53,6 @@ __all__ = [
     "distill_means",
     "embed_in_batches",
     "kernel_for_domain",
+    "scattering_features",
     "synthesize",
 ]
