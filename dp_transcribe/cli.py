@@ -1,6 +1,7 @@
 """Commands: `python -m dp_transcribe audit`.
 
     python -m dp_transcribe audit --teacher=teacher.keras --student=served/1
+    python -m dp_transcribe audit --teacher=output/checkpoint.keras --student=served/1
 
 attacks teacher and student as an outsider would, audits with canaries what the
 student's statement claims, and writes audit.json, audit.png and the pictures of model
@@ -13,8 +14,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import json
 import logging
 import sys
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ import numpy as np
 
 from dp_transcribe import _validate, mechanisms, methods
 from dp_transcribe.data import DATASETS, PRIOR_DOMAINS, ImageDataset, load_dataset
+from dp_transcribe.ensembles import TeacherEnsemble
 from dp_transcribe.evaluation.canaries import AuditResult
 from dp_transcribe.evaluation.inversion import (
     Inversion,
@@ -57,6 +61,8 @@ from dp_transcribe.reporting import write_json
 from dp_transcribe.teachers import Teacher, load_teacher
 from dp_transcribe.transcriber import DPTranscriber
 
+_LOGGER = logging.getLogger(__name__)
+
 BUILDERS: dict[str, Callable[..., DPTranscriber]] = {
     "dpdfd": methods.dpdfd,
     "srr": methods.srr,
@@ -87,7 +93,10 @@ class AuditConfig:
     """What the flags of `audit` say.
 
     Attributes:
-        teacher: `.keras` file or SavedModel.
+        teacher: `.keras` file or SavedModel; or a transcriber's checkpoint, whose
+            teacher is taken: teachers on shards are in no other single file.
+        teacher_range: `low,high`, the pixels that teacher, student and shadows take;
+            None is 0 to 1. A checkpoint brings its own.
         student: what `export_student` wrote; its statement is what is audited. None
             transcribes the teacher by `method` first.
         method: one of `BUILDERS`.
@@ -100,6 +109,8 @@ class AuditConfig:
         canaries: number of canaries.
         epochs: of the transcription, if not the method's own.
         images: most images of each side that membership is tested on.
+        shadows: models trained like the teacher, but on none of the images that
+            membership is tested on, for `offline_lira`; two or more, or none.
         seed: for tests; noise and coins are secret without it.
 
     Raises:
@@ -107,6 +118,7 @@ class AuditConfig:
     """
 
     teacher: str
+    teacher_range: str | None = None
     student: str | None = None
     method: str = "dpdfd"
     dataset: str = "mnist"
@@ -118,6 +130,7 @@ class AuditConfig:
     canaries: int = 4000
     epochs: int | None = None
     images: int = 5000
+    shadows: Sequence[str] = ()
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -129,7 +142,16 @@ class AuditConfig:
         for name in ("canaries", "images", "train_images", "epochs"):
             if getattr(self, name) is not None:
                 _validate.positive_int(name, getattr(self, name))
+        _validate.written_range("teacher_range", self.teacher_range)
+        if len(self.shadows) == 1:
+            expected = "two shadow models or more, or none"
+            raise _validate.invalid("shadows", self.shadows, expected)
         _validate.optional_seed("seed", self.seed)
+
+    @property
+    def input_range(self) -> tuple[float, float]:
+        """Lowest and highest pixel that the given teacher takes."""
+        return _validate.written_range("teacher_range", self.teacher_range)
 
 
 def audit(config: AuditConfig) -> dict[str, Any]:
@@ -146,16 +168,16 @@ def audit(config: AuditConfig) -> dict[str, Any]:
         FileNotFoundError: a model or data set is not there.
     """
     folder = _validate.writable_dir("output_dir", config.output_dir)
-    teacher = load_teacher(config.teacher)
+    teacher = _teacher(config)
     dataset = load_dataset(config.dataset, config.data_dir)
     check_fits("teacher", teacher, dataset)
+    dataset = dataset.in_range(teacher.input_range)
+    shadows = _shadows(config, teacher, dataset)
     student, statement = _student(config, teacher)
     check_fits("student", student, dataset)
     audited = audit_claim(statement, config)
     models = {"teacher": teacher, "student": student}
-    membership = {
-        name: membership_of(model, dataset, config) for name, model in models.items()
-    }
+    membership = membership_of(models, dataset, config, shadows)
     inversion = invert_models(models, dataset, folder)
     draw_audit(folder / "audit.png", [(statement.mechanism, audited)], membership)
     report = audit_report(
@@ -163,6 +185,7 @@ def audit(config: AuditConfig) -> dict[str, Any]:
         membership,
         audited_run=AUDITED[statement.unit],
         inversion=inversion,
+        shadows=len(shadows),
         dataset_source=dataset.source,
     )
     write_json(folder / "audit.json", report)
@@ -209,20 +232,71 @@ def check_fits(name: str, model: Teacher, dataset: ImageDataset) -> None:
         raise _validate.invalid(name, received, expected)
 
 
+def _teacher(config: AuditConfig) -> Teacher:
+    """The teacher, or the one that a transcriber's checkpoint holds."""
+    if not _is_checkpoint(config.teacher):
+        return load_in_range(config.teacher, config.input_range)
+    try:
+        teacher = keras.saving.load_model(config.teacher).teacher
+    except Exception as error:  # Keras raises a dozen unrelated types
+        expected = "an unharmed checkpoint of a transcriber"
+        raise _validate.invalid(
+            "teacher", config.teacher, expected, str(error)
+        ) from error
+    if config.teacher_range is not None and config.input_range != teacher.input_range:
+        expected = f"{teacher.input_range}, that of the checkpoint's teacher, or None"
+        raise _validate.invalid("teacher_range", config.teacher_range, expected)
+    return teacher
+
+
+def _is_checkpoint(path: str) -> bool:
+    """Whether a transcriber was saved there, and not a model."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            saved = json.loads(file.read("config.json"))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return False
+    return saved.get("registered_name") == keras.saving.get_registered_name(
+        DPTranscriber
+    )
+
+
+def _shadows(
+    config: AuditConfig, teacher: Teacher, dataset: ImageDataset
+) -> list[Teacher]:
+    """The shadow models, which take the same pixels as the teacher."""
+    shadows = []
+    for path in config.shadows:
+        shadow = load_teacher(path, input_range=teacher.input_range)
+        check_fits("shadows", shadow, dataset)
+        shadows.append(shadow)
+    return shadows
+
+
 def _student(config: AuditConfig, teacher: Teacher) -> tuple[Teacher, PrivacyStatement]:
     """The student and its statement."""
     if config.student is not None:
-        student = load_teacher(config.student)
+        student = load_teacher(config.student, input_range=teacher.input_range)
         path = Path(config.student) / EXTRA_ASSETS / "statement.json"
         return student, PrivacyStatement.from_json(path.read_text(encoding="utf-8"))
+    if isinstance(teacher, TeacherEnsemble):
+        expected = "an exported student, where the teacher is an ensemble"
+        mend = "A `--method` transcribes a single teacher."
+        raise _validate.invalid("student", None, expected, mend)
     if config.seed is not None:
         keras.utils.set_random_seed(config.seed % 2**32)
-    prior = default_prior(teacher.input_shape, domain=PRIOR_DOMAINS[config.dataset])
+    prior = default_prior(
+        teacher.input_shape,
+        domain=PRIOR_DOMAINS[config.dataset],
+        output_range=teacher.input_range,
+    )
     transcriber = BUILDERS[config.method](teacher, prior, seed=config.seed)
     transcriber.fit(
         target_epsilon=config.epsilon, delta=config.delta, epochs=config.epochs
     )
-    student = Teacher(transcriber.student, outputs="logits")
+    student = Teacher(
+        transcriber.student, outputs="logits", input_range=teacher.input_range
+    )
     return student, transcriber.privacy_statement()
 
 
@@ -285,17 +359,32 @@ def released_by(statement: PrivacyStatement) -> tuple[Mechanism, Queries]:
 
 
 def membership_of(
-    model: Teacher, dataset: ImageDataset, config: AuditConfig
-) -> MembershipResult:
-    """The strongest membership attack on one model."""
+    models: dict[str, Teacher],
+    dataset: ImageDataset,
+    config: AuditConfig,
+    shadows: Sequence[Teacher] = (),
+) -> dict[str, MembershipResult]:
+    """The strongest membership attack on each model.
+
+    Args:
+        models: by name.
+        dataset: of whose training images the teacher saw the first.
+        config: how many it saw, and how many are tested.
+        shadows: models that saw none of those that are tested; none leaves
+            `offline_lira` out.
+
+    Returns:
+        The results, by the models' names.
+    """
     trained = config.train_images or len(dataset.train_images)
-    seen = min(trained, config.images)
-    answers = ask(
-        model.predict,
-        (dataset.train_images[:seen], dataset.train_labels[:seen]),
-        never_seen(dataset, trained, config.images),
-    )
-    return strongest_attack(answers)
+    seen = slice(min(trained, config.images))
+    members = dataset.train_images[seen], dataset.train_labels[seen]
+    others = never_seen(dataset, trained, config.images)
+    told = [ask(shadow.predict, members, others) for shadow in shadows]
+    return {
+        name: strongest_attack(ask(model.predict, members, others), told)
+        for name, model in models.items()
+    }
 
 
 def never_seen(
@@ -338,7 +427,8 @@ def invert_models(
         settings: of the inversion.
 
     Returns:
-        By name, the share of reconstructions that the classifier recognises.
+        By name, the share of reconstructions that the classifier recognises. Ensembles
+        have no gradients to follow and are left out.
     """
     count = min(len(dataset.test_images), 5000)
     classifier = linear_classifier(
@@ -346,6 +436,9 @@ def invert_models(
     )
     found = {}
     for name, model in models.items():
+        if isinstance(model, TeacherEnsemble):
+            _LOGGER.info("The %s is an ensemble, which is not inverted.", name)
+            continue
         images, labels = invert(model, settings)
         save_grid(folder / f"inversion_{name}.png", images, labels)
         found[name] = {"recognised": recognised(classifier, images, labels)}
@@ -403,19 +496,35 @@ def parser() -> argparse.ArgumentParser:
         "audit",
         help="attack teacher and student, and bound epsilon from below",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # what has no default shows none
     ).add_argument
-    add("--teacher", required=True, help=".keras file or SavedModel")
+
+    def usual(name: str, **settings: Any) -> None:
+        add(f"--{name}", default=getattr(AuditConfig, name), **settings)
+
+    checkpoint = "or the checkpoint.keras of a transcription, which holds its teacher"
+    add("--teacher", required=True, help=f".keras file or SavedModel, {checkpoint}")
+    add("--teacher_range", help="low,high: pixels that it takes; by default 0,1")
     add("--student", help="exported student; without it --method transcribes one")
-    add("--method", default="dpdfd", choices=list(BUILDERS))
-    add("--dataset", default="mnist", choices=list(DATASETS))
+    usual(
+        "method", choices=list(BUILDERS), help="transcribes where there is no student"
+    )
+    usual("dataset", choices=list(DATASETS), help="the teacher's")
     add("--data_dir", help="folder in which tensorflow-datasets has prepared it")
-    add("--train_images", type=int, help="the teacher saw the first so many")
-    add("--output_dir", default=AuditConfig.output_dir)
-    add("--epsilon", type=float, default=AuditConfig.epsilon)
-    add("--delta", type=float, default=AuditConfig.delta)
-    add("--canaries", type=int, default=AuditConfig.canaries)
-    add("--epochs", type=int, help="of the transcription")
-    add("--images", type=int, default=AuditConfig.images)
+    add("--train_images", type=int, help="the teacher saw the first so many; or all")
+    usual("output_dir", help="where the results go")
+    usual("epsilon", type=float, help="target of the transcription")
+    usual("delta", type=float, help="target of the transcription")
+    usual("canaries", type=int, help="of the canary audit")
+    add("--epochs", type=int, help="of the transcription; by default the method's")
+    usual("images", type=int, help="most of each side that membership is tested on")
+    add(
+        "--shadows",
+        nargs="+",
+        metavar="MODEL",
+        help="two or more models like the teacher that saw none of the images that "
+        "membership is tested on: adds the attack LiRA",
+    )
     add("--seed", type=int, help="for tests; secret without it")
     return top
 
@@ -430,12 +539,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0, or 1 if a claim was flagged, or 2 if something does not fit.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    flags = vars(parser().parse_args(arguments))
-    del flags["command"]
+    given = vars(parser().parse_args(arguments))
+    del given["command"]
     try:
-        report = audit(AuditConfig(**flags))
+        report = audit(AuditConfig(**given))
     except (ValueError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_REFUSED
-    sys.stdout.write(summary(report, flags["output_dir"]) + "\n")
+    sys.stdout.write(summary(report, given["output_dir"]) + "\n")
     return EXIT_FLAGGED if report["flagged"] else 0

@@ -38,7 +38,6 @@ from dp_transcribe.evaluation import (
     audit_private_teacher,
     audit_responses,
     audit_votes,
-    offline_lira,
     strongest_attack,
 )
 from dp_transcribe.evaluation.report import audit_report, draw_audit
@@ -165,29 +164,34 @@ def shuffled(dataset: ImageDataset) -> ImageDataset:
     )
 
 
+def check_shadows(dataset: ImageDataset) -> None:
+    """Refuses shadow models that are too few, or whose images are not there."""
+    most = len(dataset.train_images) // FLAGS.train_images - 1
+    if FLAGS.shadows == 1 or FLAGS.shadows > most:
+        expected = f"0, or from 2 to {most}, each with {FLAGS.train_images} images"
+        mend = "Fewer `--train_images` leave more for others."
+        raise _validate.invalid("shadows", FLAGS.shadows, expected, mend)
+
+
 def membership(models: dict[str, dpt.Teacher], dataset: ImageDataset) -> dict[str, Any]:
     """The strongest membership attack on each model."""
     count = FLAGS.train_images
     seen = dataset.train_images[:count], dataset.train_labels[:count]
     unseen = cli.never_seen(dataset, (FLAGS.shadows + 1) * count, STRANGERS)
-    found = {}
-    for name, model in models.items():
-        found[name] = strongest_attack(ask(model.predict, seen, unseen))
-    if FLAGS.shadows:
-        shadows = []
-        for number in range(1, FLAGS.shadows + 1):
-            own = slice(number * count, (number + 1) * count)
-            shadow = overfit(
-                dataset.train_images[own],
-                dataset.train_labels[own],
-                dataset.num_classes,
-            )
-            predict = dpt.Teacher(shadow, outputs="logits").predict
-            shadows.append(ask(predict, seen, unseen))
-        for name, model in models.items():
-            lira = offline_lira(ask(model.predict, seen, unseen), shadows)
-            found[name] = max(found[name], lira, key=lambda result: result.auc)
-    return found
+    shadows = []
+    for number in range(1, FLAGS.shadows + 1):
+        own = slice(number * count, (number + 1) * count)
+        shadow = overfit(
+            dataset.train_images[own],
+            dataset.train_labels[own],
+            dataset.num_classes,
+        )
+        predict = dpt.Teacher(shadow, outputs="logits").predict
+        shadows.append(ask(predict, seen, unseen))
+    return {
+        name: strongest_attack(ask(model.predict, seen, unseen), shadows)
+        for name, model in models.items()
+    }
 
 
 def released_by(method: str) -> tuple[Any, Any]:
@@ -235,6 +239,7 @@ def run() -> dict[str, Any]:
     _validate.fraction_open("delta", FLAGS.delta)
     folder = _validate.writable_dir("output_dir", FLAGS.output_dir)
     dataset = shuffled(load_dataset(FLAGS.dataset, FLAGS.data_dir))
+    check_shadows(dataset)
     if FLAGS.seed is not None:
         keras.utils.set_random_seed(FLAGS.seed % 2**32)
     count = FLAGS.train_images

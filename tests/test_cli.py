@@ -6,17 +6,26 @@ import json
 import math
 import runpy
 import sys
+from types import SimpleNamespace
 
 import dp_accounting
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from scipy.special import expit
 
 from dp_transcribe import cli
 from dp_transcribe.data import ImageDataset
+from dp_transcribe.ensembles import TeacherEnsemble
 from dp_transcribe.evaluation import AuditResult, Inversion, invert
 from dp_transcribe.export import export_student
-from dp_transcribe.mechanisms import NormalizedGradient, RandomizedResponse
+from dp_transcribe.mechanisms import (
+    EnsembleGradient,
+    NoisyVotes,
+    NormalizedGradient,
+    RandomizedResponse,
+)
 from dp_transcribe.privacy import (
     Ledger,
     PrivacyStatement,
@@ -26,6 +35,7 @@ from dp_transcribe.privacy import (
     statement_from_ledger,
 )
 from dp_transcribe.queries import FreshQueries, QueryPool
+from dp_transcribe.teachers import Teacher
 from tests import tiny
 
 POOL = QueryPool(size=200, batch_size=20, updates=12)
@@ -260,6 +270,139 @@ def test_the_table_marks_what_is_flagged_and_says_infinite_claims():
     ).splitlines()
     assert [("FLAGGED" in line) for line in lines] == [False, False, True, False]
     assert claimed_nothing.to_dict()["claimed_epsilon"] == "inf"
+
+
+def test_shadow_models_find_what_difficulty_hides(small):
+    """Pixel 0 is how hard an image is, pixel 1 whether the teacher saw it."""
+    random = np.random.default_rng(0)
+
+    def part(count, seen):
+        images = np.zeros((count, *tiny.IMAGE), np.float32)
+        images[:, 0, 0, 0], images[:, 0, 1, 0] = random.normal(0, 4, count), seen
+        return images, np.zeros(count, np.int32)
+
+    dataset = ImageDataset("mnist", *part(600, 1), *part(600, 0), 2, "made")
+    config = cli.AuditConfig(teacher="unused")
+
+    def model(gain):
+        def predict(images):
+            logits = images[:, 0, 0, 0] + gain * images[:, 0, 1, 0]
+            logits = logits + random.normal(0, 1, len(images))
+            return expit(np.stack([logits, -logits], 1))
+
+        return SimpleNamespace(predict=predict)
+
+    models = {"teacher": model(3.0), "student": model(0.0)}
+    plain = cli.membership_of(models, dataset, config)
+    found = cli.membership_of(models, dataset, config, [model(0.0) for _ in range(4)])
+    assert found.keys() == plain.keys() == models.keys()
+    assert found["teacher"].attack == "LiRA, 4 shadow models"
+    assert found["teacher"].auc > plain["teacher"].auc + 0.1
+    assert abs(found["student"].auc - 0.5) < 0.06
+
+
+def test_the_command_takes_shadow_models(small, models, tmp_path, capsys):
+    paths = [tmp_path / f"shadow_{seed}.keras" for seed in (1, 2)]
+    for seed, path in enumerate(paths):
+        tiny.linear_model(seed).save(path)
+    arguments = command(models, tmp_path, f"--student={models / 'student' / '1'}")
+    assert cli.main([*arguments, "--shadows", *map(str, paths)]) == 0
+    report = json.loads((tmp_path / "audit.json").read_text())
+    assert report["shadows"] == 2
+    assert report["membership"].keys() == {"teacher", "student"}
+    assert cli.main([*arguments, "--shadows", str(paths[0])]) == cli.EXIT_REFUSED
+    assert "`shadows`" in capsys.readouterr().err
+    tiny.linear_model(classes=3).save(paths[1])
+    assert cli.main([*arguments, "--shadows", *map(str, paths)]) == cli.EXIT_REFUSED
+    assert "`shadows`" in capsys.readouterr().err
+
+
+@pytest.fixture
+def ensemble():
+    """Six linear teachers."""
+    weights = [tiny.linear_model(seed).get_weights() for seed in range(6)]
+    stacked = [np.stack(arrays) for arrays in zip(*weights, strict=True)]
+    return TeacherEnsemble(tiny.linear_model(), stacked)
+
+
+@pytest.mark.parametrize("mechanism", [NoisyVotes, EnsembleGradient])
+def test_students_of_teachers_on_shards_are_attacked(
+    small, ensemble, tmp_path, monkeypatch, mechanism
+):
+    transcriber = tiny.transcriber(mechanism(num_teachers=6), teacher=ensemble)
+    tiny.fit(transcriber, 2, target_epsilon=2.0, delta=1e-5)
+    export_student(transcriber, tmp_path / "student" / "1")
+    transcriber.save_checkpoint(tmp_path / "checkpoint.keras")
+    monkeypatch.setitem(cli.RECORD_AUDITS, mechanism.__name__, lambda **_: audited())
+    checkpoint = ["audit", f"--teacher={tmp_path / 'checkpoint.keras'}"]
+    arguments = [*checkpoint, f"--output_dir={tmp_path / 'out'}"]
+    assert cli.main([*arguments, f"--student={tmp_path / 'student' / '1'}"]) == 0
+    report = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert report["membership"].keys() == {"teacher", "student"}
+    assert report["inversion"].keys() == {"student"}
+    votes = ensemble.predict(small.train_images)
+    asked = []
+    monkeypatch.setattr(
+        cli, "ask", lambda predict, *_: asked.append(predict(small.train_images))
+    )
+    monkeypatch.setattr(cli, "strongest_attack", lambda *_: sys.exit("asked"))
+    with pytest.raises(SystemExit, match="asked"):
+        cli.main([*arguments, f"--student={tmp_path / 'student' / '1'}"])
+    np.testing.assert_allclose(asked[0], votes, atol=1e-6)
+
+
+def test_teachers_on_shards_need_their_student(small, ensemble, tmp_path, capsys):
+    transcriber = tiny.transcriber(NoisyVotes(num_teachers=6), teacher=ensemble)
+    transcriber.save_checkpoint(tmp_path / "checkpoint.keras")
+    arguments = ["audit", f"--teacher={tmp_path / 'checkpoint.keras'}"]
+    arguments.append(f"--output_dir={tmp_path / 'out'}")
+    assert cli.main(arguments) == cli.EXIT_REFUSED
+    assert "`student`" in capsys.readouterr().err
+    assert cli.main([*arguments, "--teacher_range=0,255"]) == cli.EXIT_REFUSED
+    assert "`teacher_range`" in capsys.readouterr().err
+    damaged = (tmp_path / "checkpoint.keras").read_bytes()[:3000]
+    (tmp_path / "checkpoint.keras").write_bytes(damaged)
+    assert cli.main(arguments) == cli.EXIT_REFUSED
+    assert "`teacher`" in capsys.readouterr().err
+
+
+def test_teacher_and_student_are_attacked_in_their_range(small, models, tmp_path):
+    plain = tiny.linear_teacher()
+    layers = [keras.layers.Input(tiny.IMAGE), keras.layers.Rescaling(1 / 255)]
+    model = keras.Sequential([*layers, *plain.model.layers])
+    model.save(tmp_path / "bytes.keras")
+    generator = tiny.UniformPixels(tiny.IMAGE, output_range=(0, 255))
+    transcriber = tiny.transcriber(
+        NormalizedGradient(),
+        teacher=Teacher(model, input_range=(0, 255)),
+        generator=generator,
+        queries=POOL,
+        seed=None,
+    )
+    tiny.fit(transcriber, 2, target_epsilon=2.0, delta=1e-5)
+    export_student(transcriber, tmp_path / "student")
+    arguments = command(models, tmp_path / "out", f"--student={tmp_path / 'student'}")
+    arguments[1] = f"--teacher={tmp_path / 'bytes.keras'}"
+    assert cli.main([*arguments, "--teacher_range=0,255"]) == 0
+    found = json.loads((tmp_path / "out" / "audit.json").read_text())["membership"]
+    config = cli.AuditConfig(teacher="unused")
+    expected = cli.membership_of({"teacher": plain}, small, config)["teacher"]
+    assert found["teacher"]["auc"] == pytest.approx(expected.auc)
+    student = Teacher(transcriber.student, outputs="logits")
+    wide = small.in_range((0.0, 255.0))
+    expected = cli.membership_of({"student": student}, wide, config)["student"]
+    assert found["student"]["auc"] == pytest.approx(expected.auc, abs=1e-3)
+
+
+def test_the_command_says_its_defaults(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["audit", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(cli.AuditConfig):
+        assert f"--{field.name} " in shown
+        if isinstance(field.default, (str, float, int)):
+            assert f"(default: {field.default})" in shown, field.name
+    assert "default: None" not in shown
 
 
 def test_it_is_a_module_that_can_be_run(monkeypatch, capsys):

@@ -57,6 +57,19 @@ def test_images_keep_their_labels_in_another_order(example, mnist_small):
     assert not np.array_equal(mixed.train_images, mnist_small.train_images)
 
 
+@pytest.mark.parametrize("shadows", [1, 13, 20])
+def test_shadow_models_that_cannot_be_are_refused_first(
+    example, mnist_small, monkeypatch, tmp_path, shadows
+):
+    monkeypatch.setattr(example, "load_dataset", lambda name, data_dir: mnist_small)
+    monkeypatch.setattr(example, "overfit", lambda *_: pytest.fail("too late"))
+    example.FLAGS(
+        ["audit.py", f"--output_dir={tmp_path}", *FLAGS, f"--shadows={shadows}"]
+    )
+    with pytest.raises(ValueError, match="`shadows`.*0, or from 2 to 12"):
+        example.run()
+
+
 @pytest.mark.slow
 def test_everything_is_audited_and_nothing_is_flagged(
     example, mnist_small, monkeypatch, tmp_path, capsys
