@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import logging
@@ -146,7 +147,13 @@ def train_shard_teachers(
             decide about more than one teacher.
         folder: where each teacher is kept in a file of its own as soon as it is
             trained; the same call goes on from there. None keeps nothing.
-        processes: how many train at the same time.
+        processes: how many train at the same time. Above one, process i trains on GPU
+            i mod n of the n that are visible here, takes of its memory what it needs
+            and sees no other GPU; without any all share the processors. One process
+            is this one, whose devices stay as they are. Split and order of training
+            do not depend on it: teachers differ by the rounding of devices at most.
+            Memory that this process holds on a GPU is missing to the others: set
+            `TF_FORCE_GPU_ALLOW_GROWTH=true` before TensorFlow starts.
         seed: of the split, the first weights and the order of training.
         input_range: of the inputs.
 
@@ -155,7 +162,8 @@ def train_shard_teachers(
 
     Raises:
         ValueError: an argument is out of range, `model_fn` returns one model twice,
-            or the folder holds teachers of other records or settings.
+            the folder holds teachers of other records or settings, or a process has
+            tensors before it has its GPU.
 
     **Privacy**: none by itself: teachers and folder are as private as the records.
     The number of records, the split and all settings must be public. Mechanisms count
@@ -167,7 +175,8 @@ def train_shard_teachers(
     inputs, labels = _as_arrays(dataset)
     plan = ShardPlan(len(inputs), shards, seed)
     fit = fit or ShardTraining()
-    _validate.positive_int("processes", processes)
+    if _validate.positive_int("processes", processes) > 1:
+        _leave_gpu_memory()
     with tempfile.TemporaryDirectory() as scratch:
         where = _validate.writable_dir("folder", folder or scratch)
         _claim(where, plan, model_fn, fit, features, inputs, labels)
@@ -227,10 +236,46 @@ def _train_all(job: _Job, shards: list[int], processes: int) -> None:
         job.run(shards)
         return
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
-        parts = [shards[part::processes] for part in range(processes)]
-        for done in [pool.submit(job.run, part) for part in parts if part]:
+    parts = [shards[n::processes] for n in range(min(processes, len(shards)))]
+    with contextlib.ExitStack() as stack:
+        # Of one process each, which has its GPU before it gets its part.
+        pools = [concurrent.futures.ProcessPoolExecutor(1, context) for _ in parts]
+        for pool in pools:
+            stack.enter_context(pool)
+        seen = [p.submit(_see_one_gpu, n, processes) for n, p in enumerate(pools)]
+        for done in seen:
             done.result()
+        work = zip(pools, parts, strict=True)
+        for done in [pool.submit(job.run, part) for pool, part in work]:
+            done.result()
+
+
+def _see_one_gpu(number: int, processes: int) -> None:
+    """Leaves a process one GPU, and no more of its memory than is needed."""
+    gpus = tf.config.list_physical_devices("GPU")
+    if not gpus:
+        return
+    own = gpus[number % len(gpus)]
+    try:
+        tf.config.set_visible_devices(own, "GPU")
+        tf.config.experimental.set_memory_growth(own, True)
+    except RuntimeError as error:
+        expected = "1 where modules make tensors as they are imported"
+        mend = "Make them in a function, so that a process can choose its GPU first."
+        raise _validate.invalid("processes", processes, expected, mend) from error
+
+
+def _leave_gpu_memory() -> None:
+    """Keeps this process from taking all of the memory that the others need."""
+    try:
+        for gpu in tf.config.list_physical_devices("GPU"):
+            tf.config.experimental.set_memory_growth(gpu, True)
+    except (RuntimeError, ValueError):  # in use already, or with limits
+        if os.environ.get("TF_FORCE_GPU_ALLOW_GROWTH", "").lower() != "true":
+            logger.warning(
+                "This process may hold all memory of the GPUs. If the others find "
+                "none, set TF_FORCE_GPU_ALLOW_GROWTH=true before TensorFlow starts."
+            )
 
 
 def _forget_steps(optimizer: keras.optimizers.Optimizer) -> None:

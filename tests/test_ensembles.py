@@ -1,12 +1,15 @@
 """Shards are disjoint, training resumes, and an ensemble answers as its members do."""
 
 import dataclasses
+import os
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from dp_transcribe import shards as shards_module
 from dp_transcribe.ensembles import ShardPlan, TeacherEnsemble
 from dp_transcribe.generators.conv_generator import ConvGenerator
 from dp_transcribe.guidance import pretrain_by_teacher
@@ -198,6 +201,104 @@ def test_processes_train_the_same_teachers(tmp_path):
     together = small_ensemble(folder=tmp_path, processes=2).get_weights()
     for one, other in zip(alone, together, strict=True):
         assert np.array_equal(one, other)
+
+
+class Gpus:
+    """Stands for TensorFlow's configuration of so many GPUs."""
+
+    def __init__(self, monkeypatch, count, in_use=False):
+        self.names = [f"GPU:{index}" for index in range(count)]
+        self.in_use, self.visible, self.growing = in_use, self.names, []
+        monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: self.names)
+        monkeypatch.setattr(tf.config, "set_visible_devices", self.see)
+        monkeypatch.setattr(tf.config.experimental, "set_memory_growth", self.grow)
+
+    def see(self, device, kind):
+        self.refuse_if_in_use()
+        assert kind == "GPU"
+        self.visible = [device]
+
+    def grow(self, device, enable):
+        self.refuse_if_in_use()
+        assert enable
+        self.growing.append(device)
+
+    def refuse_if_in_use(self):
+        if self.in_use:
+            raise RuntimeError("devices cannot be modified after being initialized")
+
+
+@pytest.mark.parametrize("gpus, seen", [(1, [0, 0, 0, 0]), (3, [0, 1, 2, 0])])
+def test_each_process_sees_one_gpu_whose_memory_grows(gpus, seen, monkeypatch):
+    for number, index in enumerate(seen):
+        found = Gpus(monkeypatch, gpus)
+        shards_module._see_one_gpu(number, len(seen))
+        assert found.visible == found.growing == [f"GPU:{index}"]
+
+
+def test_without_gpus_a_process_keeps_its_devices():
+    before = tf.config.get_visible_devices()
+    shards_module._see_one_gpu(1, 2)
+    assert tf.config.get_visible_devices() == before
+
+
+def test_a_process_whose_gpu_comes_too_late_is_refused(monkeypatch):
+    Gpus(monkeypatch, 2, in_use=True)
+    with pytest.raises(ValueError, match="`processes`"):
+        shards_module._see_one_gpu(0, 2)
+
+
+@pytest.mark.parametrize("variable, warned", [("true", False), ("", True)])
+def test_memory_that_the_caller_holds_is_told(variable, warned, monkeypatch, caplog):
+    found = Gpus(monkeypatch, 2)
+    shards_module._leave_gpu_memory()
+    assert found.growing == found.names and not caplog.records
+    Gpus(monkeypatch, 2, in_use=True)
+    monkeypatch.setenv("TF_FORCE_GPU_ALLOW_GROWTH", variable)
+    shards_module._leave_gpu_memory()
+    assert ("TF_FORCE_GPU_ALLOW_GROWTH" in caplog.text) == warned
+
+
+def test_one_process_leaves_the_devices_alone(monkeypatch):
+    found = Gpus(monkeypatch, 2, in_use=True)
+    small_ensemble()
+    assert found.visible == found.names
+
+
+def note_gpu(number, processes):
+    """In a process that trains: what it would see of two GPUs."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        found = Gpus(monkeypatch, 2)
+        SEE_ONE_GPU(number, processes)
+    Path(os.environ["NOTES"], f"{os.getpid()}.gpu").write_text(*found.visible)
+
+
+@dataclasses.dataclass(frozen=True)
+class NotedFit:
+    """Notes where it runs, and the first label of its shard."""
+
+    def __call__(self, model, inputs, labels):
+        RidgeFit()(model, inputs, labels)
+        with Path(os.environ["NOTES"], f"{os.getpid()}.fit").open("a") as notes:
+            print(labels[0], file=notes)
+
+
+SEE_ONE_GPU = shards_module._see_one_gpu
+
+
+@pytest.mark.slow
+def test_shards_are_spread_over_the_gpus(tmp_path, monkeypatch):
+    monkeypatch.setenv("NOTES", str(tmp_path))
+    monkeypatch.setattr(shards_module, "_see_one_gpu", note_gpu)
+    images, labels = private_data()
+    first = [ShardPlan(RECORDS, SHARDS).indices(shard)[0] for shard in range(SHARDS)]
+    train(NotedFit(), processes=2)
+    trained = {}
+    for path in tmp_path.glob("*.gpu"):
+        trained[path.read_text()] = path.with_suffix(".fit").read_text().split()
+    assert trained == {
+        f"GPU:{gpu}": [str(labels[i]) for i in first[gpu::2]] for gpu in range(2)
+    }
 
 
 def test_a_dataset_of_single_examples_is_taken_too():
