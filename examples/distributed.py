@@ -195,6 +195,9 @@ def main(argv: list[str]) -> None:
         _validate.positive_finite("epsilon", FLAGS.epsilon)
         _validate.fraction_open("delta", FLAGS.delta)
         _validate.written_range("teacher_range", FLAGS.teacher_range)
+        if FLAGS.teacher_range is not None and FLAGS.teacher is None:
+            expected = "None without a `--teacher`"
+            raise _validate.invalid("teacher_range", FLAGS.teacher_range, expected)
         _validate.writable_dir("output_dir", FLAGS.output_dir)
         strategy = make_strategy()
         data = load_dataset("mnist", FLAGS.data_dir)

@@ -51,3 +51,20 @@ def test_an_example_ends_with_the_status_of_refusals(tmp_path, name, argument):
     )
     assert done.returncode == programs.EXIT_REFUSED, done.stderr
     assert "delta" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mnist", "distributed"])
+@pytest.mark.parametrize("pixels", ["0,255", "255,0"])
+def test_pixels_of_a_teacher_that_is_not_given_are_refused(tmp_path, name, pixels):
+    flags_given = [f"--output_dir={tmp_path}", f"--teacher_range={pixels}"]
+    done = subprocess.run(
+        [sys.executable, f"examples/{name}.py", *flags_given],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == programs.EXIT_REFUSED, done.stderr
+    assert "`teacher_range`" in done.stderr and "Traceback" not in done.stderr
