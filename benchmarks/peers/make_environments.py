@@ -19,6 +19,7 @@ REQUIREMENTS = {
     "jax_privacy": ("jax==0.10.2", "optax==0.2.8", "jax-privacy==2.0.0"),
     "empirical_privacy": (
         "absl-py==1.4.0",
+        "immutabledict==2.2.5",
         "matplotlib==3.8.4",
         "numpy==1.26.4",
         "pandas==1.5.3",
