@@ -48,7 +48,7 @@ class AuditResult:
         epsilon_lower_bound: assumes nothing of the mechanism.
         gaussian_lower_bound: assumes that the claim is that of a Gaussian mechanism,
             which says more; None for a pure claim.
-        confidence: of each of the two bounds.
+        confidence: with which both bounds hold together.
         canaries: number of canaries.
         guesses: number of guesses of the best attack.
         correct: number of correct ones.
@@ -141,8 +141,10 @@ def audit_statement(
     """Turns scores of canaries into the result of an audit of a statement.
 
     The canaries with the highest scores are guessed to be included and as many with
-    the lowest to be left out. Every attack guesses for every one of `SHARES`; the
-    confidence of each guess is raised so that all of them hold together.
+    the lowest to be left out. Every attack guesses for every one of `SHARES`, and from
+    each guess follow one bound or two. The error is divided among all of them by equal
+    parts, so that with probability `confidence` none is above the true epsilon: a
+    correct mechanism is flagged with probability 1 - `confidence` at most.
 
     Args:
         attacks: by name, a score for each canary, `[canaries]`, higher where the
@@ -165,18 +167,18 @@ def audit_statement(
         for name, scores in attacks.items()
         for share in SHARES
     ]
-    raised = 1.0 - (1.0 - confidence) / len(tries)
+    is_pure = statement.delta == 0.0
+    bounds = len(tries) * (1 if is_pure else 2)
     counted = [
         (name, *_count(scores, included, share, seed or 0))
         for name, scores, share in tries
     ]
     terms = {
         "delta": statement.delta,
-        "confidence": raised,
+        "confidence": 1.0 - (1.0 - confidence) / bounds,
         "canaries": len(included),
     }
     best = _best(counted, epsilon_lower_bound, terms)
-    is_pure = statement.delta == 0.0
     gaussian = None if is_pure else _best(counted, gaussian_lower_bound, terms)
     shown = best if gaussian is None or best.bound >= gaussian.bound else gaussian
     return AuditResult(
