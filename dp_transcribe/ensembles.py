@@ -49,6 +49,17 @@ class ShardPlan:
         start = shard * size + min(shard, longer)
         return np.sort(order[start : start + size + (shard < longer)])
 
+    def shards_of_records(self) -> np.ndarray:
+        """In how many shards each record is, int64 `[records]`: 1, or it is a defect.
+
+        Counted from all `indices`, which are public. A record in m shards has m votes,
+        so it moves their counts by m·√2 and wants m times the noise.
+        """
+        counts = np.zeros(self.records, np.int64)
+        for shard in range(self.shards):
+            counts[np.unique(self.indices(shard))] += 1
+        return counts
+
 
 class TeacherEnsemble(Teacher):
     """K teachers of one architecture, asked together.

@@ -43,8 +43,24 @@ def test_every_record_is_in_exactly_one_shard(records, shards):
     plan = ShardPlan(records, shards)
     parts = [plan.indices(shard) for shard in range(shards)]
     assert sorted(np.concatenate(parts)) == list(range(records))
+    assert plan.shards_of_records().tolist() == [1] * records
     sizes = [len(part) for part in parts]
     assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_record_in_two_shards_is_counted(monkeypatch):
+    own = ShardPlan.indices
+    first = {0: own(ShardPlan(9, 3), 0)[0], 2: own(ShardPlan(9, 3), 0)[0]}
+    monkeypatch.setattr(
+        ShardPlan,
+        "indices",
+        lambda self, shard: np.append(own(self, shard), first.get(shard, [])).astype(
+            np.int64
+        ),
+    )
+    counts = ShardPlan(9, 3).shards_of_records()
+    assert np.flatnonzero(counts == 2).tolist() == [first[0]]
+    assert counts.sum() == 10
 
 
 def test_the_split_is_public_and_not_the_order_of_the_records():

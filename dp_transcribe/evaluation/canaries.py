@@ -53,6 +53,9 @@ class AuditResult:
         guesses: number of guesses of the best attack.
         correct: number of correct ones.
         attack: the best attack.
+        shards_of_a_record: most shards that any record is in, None where there are
+            none. Counted, not guessed: with m of them noise is m times too small,
+            whatever the bounds say.
     """
 
     unit: Unit
@@ -66,12 +69,14 @@ class AuditResult:
     guesses: int
     correct: int
     attack: str
+    shards_of_a_record: int | None = None
 
     @property
     def flagged(self) -> bool:
-        """Whether a bound lies above the claim: the mechanism is broken."""
+        """Whether a bound is above the claim or shards overlap: something is broken."""
         bounds = (self.epsilon_lower_bound, self.gaussian_lower_bound or 0.0)
-        return max(bounds) > self.claimed_epsilon
+        overlap = (self.shards_of_a_record or 1) > 1
+        return overlap or max(bounds) > self.claimed_epsilon
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -3,10 +3,15 @@
 A record is in one shard and decides about one teacher. Every canary has a pattern of
 its own over the queries, orthogonal to the others', and its coin turns it around: the
 worst case of replacing a record.
+
+Which records a shard holds is public, so overlaps are counted and not guessed. Bounds
+alone pass a record that is in two shards: it doubles what one record moves, and a bound
+from one run is about half of the truth or less.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import dp_accounting
@@ -28,11 +33,14 @@ from dp_transcribe.mechanisms.noise import ANSWERS, NoiseSource
 from dp_transcribe.mechanisms.noisy_votes import NoisyVotes
 from dp_transcribe.privacy.ledger import Ledger, Spend
 from dp_transcribe.queries import FreshQueries
+from dp_transcribe.shards import linear_member, train_shard_teachers
 from dp_transcribe.transcriber import DPTranscriber
 
 # An ensemble's shards hold a record each, few of them canaries, so that a canary that
 # gets into another shard is seldom met by another one there.
 _RECORDS_PER_CANARY = 8
+# Of the training that is watched; the shards are of unequal sizes.
+_WATCHED_SHARDS, _WATCHED_RECORDS = 8, 29
 # Of a transcription from gradients; every step has queries of its own.
 _STEPS = 8
 # Bright enough that gradients of the weights, too, are cut off at the bound.
@@ -51,7 +59,7 @@ def audit_votes(
     confidence: float = 0.95,
     seed: int | None = None,
 ) -> AuditResult:
-    """Audits `NoisyVotes` on shards as `ShardPlan` makes them.
+    """Audits `NoisyVotes` on shards as `ShardPlan` makes them, and these shards.
 
     Teachers are the auditor's: one that was trained on a canary votes on every query
     as the canary's coin and a pattern of the canary's own tell it. Every
@@ -69,7 +77,8 @@ def audit_votes(
         seed: for coins and noise; None for secret ones.
 
     Returns:
-        The result; its claim is that of a ledger of all queries.
+        The result; its claim is that of a ledger of all queries. It is flagged, too, if
+        a record is in two shards, or gets to two teachers as they are trained.
 
     Raises:
         ValueError: an argument is out of range.
@@ -101,7 +110,7 @@ def audit_votes(
         mechanism=mechanism.name,
     )
     ledger.record(spend, per_ensemble)
-    return audit_scores(
+    result = audit_scores(
         {
             name: np.einsum("cqk,eqk->ec", patterns, votes).ravel()
             for name, votes in {
@@ -116,6 +125,7 @@ def audit_votes(
         confidence=confidence,
         seed=seed,
     )
+    return _with_overlap(result, mechanism.num_teachers)
 
 
 def audit_ensemble_gradient(
@@ -127,7 +137,7 @@ def audit_ensemble_gradient(
     confidence: float = 0.95,
     seed: int | None = None,
 ) -> AuditResult:
-    """Audits `EnsembleGradient` on shards as `ShardPlan` makes them.
+    """Audits `EnsembleGradient` on shards as `ShardPlan` makes them, and these shards.
 
     A transcription runs as for any user, with teachers, one-pixel queries and a linear
     student of the auditor's, who sees the student's weights after every step and works
@@ -145,7 +155,9 @@ def audit_ensemble_gradient(
         seed: for coins and noise; None for secret ones.
 
     Returns:
-        The result; its claim is that of the ledger of one ensemble's transcription.
+        The result; its claim is that of the ledger of one ensemble's transcription. It
+        is flagged, too, if a record is in two shards, or gets to two teachers as they
+        are trained.
 
     Raises:
         ValueError: an argument is out of range.
@@ -168,7 +180,7 @@ def audit_ensemble_gradient(
             verbose=0,
         )
         scores.append(run.attacks())
-    return audit_scores(
+    result = audit_scores(
         {name: np.concatenate([s[name] for s in scores]) for name in scores[0]},
         included,
         run.transcriber.ledger,
@@ -177,6 +189,7 @@ def audit_ensemble_gradient(
         confidence=confidence,
         seed=seed,
     )
+    return _with_overlap(result, mechanism.num_teachers)
 
 
 class _AuditedEnsemble(keras.callbacks.Callback):
@@ -238,6 +251,32 @@ def _linear_model(shape: tuple[int, int, int]) -> keras.Model:
             keras.layers.Dense(2, use_bias=False, kernel_initializer="zeros"),
         ]
     )
+
+
+def _with_overlap(result: AuditResult, shards: int) -> AuditResult:
+    """The result with the most shards, of plans and in training, of one record."""
+    # A record for each shard, as the canaries lie; then half of the shards are longer.
+    plans = [ShardPlan(n, shards) for n in (shards, 2 * shards + shards // 2)]
+    counts = [plan.shards_of_records() for plan in plans]
+    most = max(int(c.max()) for c in [*counts, _teachers_of_records()])
+    return dataclasses.replace(result, shards_of_a_record=most)
+
+
+def _teachers_of_records() -> np.ndarray:
+    """How many teachers are trained on each record's inputs or label, `[records]`."""
+    counts = np.zeros(_WATCHED_RECORDS, np.int64)
+
+    def watch(model: keras.Model, inputs: np.ndarray, labels: np.ndarray) -> None:
+        counts[np.union1d(inputs[:, 0], labels)] += 1
+
+    numbers = np.arange(_WATCHED_RECORDS)
+    train_shard_teachers(
+        lambda: linear_member(1, 2),
+        (numbers[:, None], numbers),
+        shards=_WATCHED_SHARDS,
+        fit=watch,
+    )
+    return counts
 
 
 def _canaries_of_shards(shards: int) -> list[np.ndarray]:
