@@ -174,7 +174,8 @@ def audit_class_means(
 ) -> AuditResult:
     """Audits the class means of `distill_means`.
 
-    Every record has a direction of its own. The auditor sees the means and counts.
+    Every record has a direction of its own. The auditor sees the means and counts. They
+    are one release, so there is no other in which its noise could come again.
 
     Args:
         settings: bound, share of the counts and accountant are read.
@@ -311,7 +312,9 @@ def audit_dpkip(
     """Audits `DPKIP`.
 
     The auditor sees the support images after every step and the state of the
-    optimizer, which is computed from them, and works out each step's noisy sum.
+    optimizer, which is computed from them, and works out each step's noisy sum. Noise
+    that comes twice is seen where steps take samples, not where they take all records:
+    canaries then add nearly the same to every sum.
 
     Args:
         training: how it is run; every step takes a sample of the canaries.

@@ -64,7 +64,9 @@ def audit_votes(
     Teachers are the auditor's: one that was trained on a canary votes on every query
     as the canary's coin and a pattern of the canary's own tell it. Every
     eighth record is a canary, and every shard holds one record; there are several
-    ensembles on records of their own.
+    ensembles on records of their own. The mechanism is asked once for each query: that
+    a transcription stores its answers and never draws them again is what
+    `audit_responses` looks at, and the same code stores votes.
 
     Args:
         mechanism: calibrated here to `target_epsilon` over all queries. Its
@@ -296,7 +298,12 @@ def _opinions(shards: list[np.ndarray], coins: np.ndarray) -> np.ndarray:
 
 
 def _canary_votes(shards: list[np.ndarray], coins: np.ndarray) -> tf.Tensor:
-    """Shares of votes `[queries, 2]` of one teacher for each shard."""
-    votes = _opinions(shards, coins) >= 0
+    """Shares of votes `[queries, 2]` of one teacher for each shard.
+
+    Half of those without a canary vote for either class: a label, too, turns with few.
+    """
+    opinions = _opinions(shards, coins)
+    undecided = opinions == 0
+    votes = (opinions > 0) | (undecided & (np.cumsum(undecided, axis=0) % 2 == 0))
     counts = np.stack([votes.sum(axis=0), (~votes).sum(axis=0)], axis=1)
     return tf.constant(counts / len(shards), tf.float32)

@@ -7,7 +7,13 @@ import pytest
 import tensorflow as tf
 
 from dp_transcribe import learning, shards
-from dp_transcribe.distillation import LinearTraining, class_means, linear
+from dp_transcribe.distillation import (
+    KIPTraining,
+    LinearTraining,
+    class_means,
+    kip,
+    linear,
+)
 from dp_transcribe.distillation.releases import RecordSums
 from dp_transcribe.ensembles import ShardPlan
 from dp_transcribe.evaluation import (
@@ -21,6 +27,7 @@ from dp_transcribe.evaluation import (
 from dp_transcribe.learning import GradientLearner
 from dp_transcribe.mechanisms import (
     EnsembleGradient,
+    NoisyVotes,
     ensemble_gradient,
     noise,
     noisy_votes,
@@ -48,6 +55,8 @@ TEACHER_WHOLE = PrivateTraining(
     epochs=8, batch_size=TEACHER_RECORDS, learning_rate=1e-2, accountant="rdp"
 )
 TEACHER = {"canaries": TEACHER_RECORDS, "seed": 2}
+KIP_WHOLE = KIPTraining(steps=8, learning_rate=1e-3, sampling_probability=1.0)
+KIP_SAMPLED = KIPTraining(steps=20, learning_rate=1e-3, sampling_probability=0.2)
 # A bound far below a contribution's norm of 0.7: without it the claim is far off.
 GRADIENT = EnsembleGradient(num_teachers=4096, l2_norm=0.1)
 
@@ -80,10 +89,11 @@ def without_clipping(monkeypatch):
         "class_sums",
         lambda *rows, l2_norm, **kwargs: class_sums(*rows, l2_norm=10.0, **kwargs),
     )
-    bounded_sum = ensemble_gradient._clipped_sum
-    monkeypatch.setattr(
-        ensemble_gradient, "_clipped_sum", lambda rows, bound: bounded_sum(rows, 1e9)
-    )
+    for module, name in ((kip, "_sum_clipped"), (ensemble_gradient, "_clipped_sum")):
+        bounded = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda rows, bound, _bounded=bounded: _bounded(rows, 1e9)
+        )
 
 
 def batches_in_order(monkeypatch):
@@ -200,6 +210,7 @@ def test_the_linear_model_is_not_flagged_and_its_bound_is_not_zero(training):
         (WHOLE, without_noise),
         (WHOLE, weak_noise),
         (WHOLE, without_clipping),
+        (WHOLE, reused_noise),
         (SAMPLED, without_noise),
         (SAMPLED, reused_noise),
     ],
@@ -255,6 +266,7 @@ def test_a_private_teacher_is_not_flagged_and_its_bound_is_not_zero(training):
         (TEACHER_WHOLE, without_noise),
         (TEACHER_WHOLE, weak_noise),
         (TEACHER_WHOLE, without_clipping),
+        (TEACHER_WHOLE, reused_noise),
         (TEACHER_SAMPLED, without_noise),
         (TEACHER_SAMPLED, weak_noise),
         (TEACHER_SAMPLED, without_clipping),
@@ -269,21 +281,33 @@ def test_a_bug_planted_in_a_private_teacher_is_flagged(training, mutant, monkeyp
     assert result.flagged, result
 
 
-def test_votes_of_disjoint_shards_are_not_flagged():
-    result = audit_votes(target_epsilon=4.0, **VOTES)
+@pytest.mark.parametrize(("released", "power"), [("votes", 0.8), ("label", 0.6)])
+def test_votes_of_disjoint_shards_are_not_flagged(released, power):
+    mechanism = NoisyVotes(num_teachers=512, released=released)
+    result = audit_votes(mechanism, target_epsilon=4.0, **VOTES)
     assert not result.flagged, result
     assert result.shards_of_a_record == 1
     assert result.unit is Unit.RECORD
-    assert result.gaussian_lower_bound > 0.8
+    assert result.gaussian_lower_bound > power
 
 
 @pytest.mark.parametrize(
-    "mutant", [without_noise, weak_noise, reused_stream, every_record_in_three_shards]
+    ("released", "mutant"),
+    [
+        ("votes", without_noise),
+        ("votes", weak_noise),
+        ("votes", reused_stream),
+        ("votes", every_record_in_three_shards),
+        ("label", without_noise),
+        ("label", weak_noise),
+        ("label", reused_stream),
+    ],
 )
-def test_a_bug_planted_in_the_votes_is_flagged(mutant, monkeypatch):
+def test_a_bug_planted_in_the_votes_is_flagged(released, mutant, monkeypatch):
     mutant(monkeypatch)
-    result = audit_votes(target_epsilon=4.0, **VOTES)
-    assert result.claimed_epsilon <= 4.0
+    mechanism = NoisyVotes(num_teachers=512, released=released)
+    result = audit_votes(mechanism, target_epsilon=1.0, **VOTES)
+    assert result.claimed_epsilon <= 1.0
     assert result.gaussian_lower_bound > result.claimed_epsilon, result
 
 
@@ -344,6 +368,32 @@ def test_gradients_of_the_weights_are_flagged_without_their_noise_alone(
     )
     assert result.claimed_epsilon <= 1.0
     assert result.flagged == (factor == 0.0), result
+
+
+@pytest.mark.parametrize("training", [KIP_WHOLE, KIP_SAMPLED])
+def test_dpkip_is_not_flagged_and_its_bound_is_not_zero(training):
+    result = audit_dpkip(training, target_epsilon=8.0, canaries=1000, seed=2)
+    assert not result.flagged, result
+    assert 7.9 < result.claimed_epsilon <= 8.0
+    assert result.gaussian_lower_bound > (1.5 if training is KIP_WHOLE else 0.3)
+
+
+@pytest.mark.parametrize(
+    ("training", "mutant"),
+    [
+        (KIP_WHOLE, without_noise),
+        (KIP_WHOLE, weak_noise),
+        (KIP_WHOLE, without_clipping),
+        (KIP_SAMPLED, without_noise),
+        (KIP_SAMPLED, without_clipping),
+        (KIP_SAMPLED, reused_noise),
+    ],
+)
+def test_a_bug_planted_in_dpkip_is_flagged(training, mutant, monkeypatch):
+    mutant(monkeypatch)
+    result = audit_dpkip(training, target_epsilon=2.0, canaries=1000, seed=2)
+    assert result.claimed_epsilon <= 2.0
+    assert result.flagged, result
 
 
 @pytest.mark.slow
