@@ -483,7 +483,9 @@ def summary(report: dict[str, Any], folder: str) -> str:
             f"{result['tpr_at_1e-2']:.2%} at 1 % false alarms."
         )
     if report["flagged"]:
-        lines.append("FLAGGED: the lower bound is above the claim. Do not release.")
+        overlap = (report.get("shards_of_a_record") or 1) > 1
+        why = "shards overlap" if overlap else "the lower bound is above the claim"
+        lines.append(f"FLAGGED: {why}. Do not release.")
     lines.append(f"Results: {folder}/ (audit.json, audit.png). {report['note']}")
     return "\n".join(lines)
 

@@ -296,7 +296,7 @@ def main(argv: list[str]) -> None:
     except (ValueError, OSError) as error:
         refuse(error)
     if any(audit["flagged"] for audit in report["audits"].values()):
-        sys.exit("A lower bound is above its claim: do not release.")
+        sys.exit("A lower bound is above its claim, or shards overlap: do not release.")
 
 
 if __name__ == "__main__":
