@@ -39,10 +39,11 @@ def data_dependent_cost(
 
     **Privacy**: unit `RECORD`. The result depends on the records and is itself **not
     private**: it is for the owner of the data, and its text says so. Nothing is spent;
-    the ledger and the statement stay with the data-independent epsilon. It holds for
-    queries that were fixed beforehand, so a generator that learns, candidate classes
-    and candidate queries by the student are refused: the cost of each query would be
-    a random variable that earlier labels have a hand in.
+    the ledger and the statement stay with the data-independent epsilon. It bounds how
+    much likelier the labels are on these records than on a neighbour's, not the
+    reverse. It holds for queries that were fixed beforehand, so a generator that
+    learns, candidate classes and candidate queries by the student are refused: the cost
+    of each query would be a random variable that earlier labels have a hand in.
 
     References:
         Papernot et al. 2018, arXiv:1802.08908, theorem 6 and proposition 7.

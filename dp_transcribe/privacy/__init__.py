@@ -10,11 +10,13 @@ from dp_transcribe.privacy.calibration import (
     poisson_noise_multiplier,
 )
 from dp_transcribe.privacy.events import PureDpEvent
+from dp_transcribe.privacy.gnmax import DataDependentEpsilon
 from dp_transcribe.privacy.ledger import Entry, Ledger, Spend
 from dp_transcribe.privacy.statement import PrivacyStatement, statement_from_ledger
 from dp_transcribe.privacy.units import Relation, Unit
 
 __all__ = [
+    "DataDependentEpsilon",
     "Entry",
     "Ledger",
     "PrivacyStatement",

@@ -4,6 +4,9 @@ Where the teachers agree, their noisy majority hardly ever changes, and less is 
 than the worst case says. But whether they agree is a fact about the private records:
 **the epsilon computed here depends on the data and must not be published** as it is.
 The data-independent figure, which the ledger computes, may be.
+
+It also speaks in **one direction**: how much likelier the labels are on these records
+than on a neighbour's. What a neighbour's votes cost is a question to those votes.
 """
 
 import dataclasses
@@ -19,7 +22,9 @@ _ORDERS = np.array(rdp_lib.DEFAULT_RDP_ORDERS, float)
 WARNING = (
     "This epsilon was computed from the private votes: it depends on the data, is "
     "itself not private and must not be published without noise of its own (smooth "
-    "sensitivity, arXiv:1802.08908, appendix B). Unit RECORD, relation REPLACE_ONE."
+    "sensitivity, arXiv:1802.08908, appendix B). It bounds how much likelier the "
+    "labels are on these records than on a neighbour's, not the reverse. Unit RECORD, "
+    "relation REPLACE_ONE."
 )
 
 
@@ -28,7 +33,9 @@ class DataDependentEpsilon:
     """What a run of GNMax cost on the records that it was run on.
 
     Attributes:
-        epsilon: data-dependent; never to be published as it is.
+        epsilon: data-dependent; never to be published as it is. For labels M of these
+            records D and of any neighbour D', P[M(D) in S] is at most
+            exp(epsilon) P[M(D') in S] + delta; not the same with D and D' exchanged.
         epsilon_data_independent: of the same releases, whatever the records.
         delta: of both.
         queries: number of queries.
@@ -73,7 +80,7 @@ def log_error_probability(counts: np.ndarray, stddev: float) -> np.ndarray:
 
 
 def gnmax_rdp(log_q: float, stddev: float, orders: np.ndarray) -> np.ndarray:
-    """Rényi divergences of one answer of GNMax (Theorem 6, Proposition 10).
+    """Rényi divergences of one answer from a neighbour's (Theorem 6, Proposition 10).
 
     Args:
         log_q: log of a bound on the probability of an unlikely outcome.
@@ -81,7 +88,8 @@ def gnmax_rdp(log_q: float, stddev: float, orders: np.ndarray) -> np.ndarray:
         orders: `[orders]`, above 1.
 
     Returns:
-        `[orders]`, never above the data-independent `order / stddev**2`.
+        `[orders]`, never above the data-independent `order / stddev**2`. Of the answer
+        where `log_q` holds from that of a neighbour, not the reverse.
     """
     variance = stddev**2
     independent = orders / variance

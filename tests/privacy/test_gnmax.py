@@ -55,6 +55,34 @@ def test_it_bounds_the_true_divergence_of_a_neighbour():
         assert 0 < exact <= bound * (1 + 1e-9)
 
 
+def divergence(one, other, order):
+    """Of log probabilities."""
+    return np.logaddexp.reduce(order * one + (1 - order) * other) / (order - 1)
+
+
+def labels(gap, stddev):
+    """Log probabilities that the class ahead is released, and that the other is."""
+    scaled = gap / (math.sqrt(2) * stddev)
+    return np.array([stats.norm.logcdf(scaled), stats.norm.logsf(scaled)])
+
+
+def test_it_bounds_these_records_from_a_neighbours_and_not_the_reverse():
+    stddev, exceeded = 3.0, []
+    for gap in range(30):
+        here = labels(gap, stddev)
+        log_q = gnmax.log_error_probability(np.array([[gap, 0.0]]), stddev)[0]
+        bounds = gnmax.gnmax_rdp(log_q, stddev, ORDERS)
+        for there in (labels(gap - 2, stddev), labels(gap + 2, stddev)):
+            for order, bound in zip(ORDERS, bounds, strict=True):
+                assert divergence(here, there, order) <= bound + 1e-12
+                exceeded.append(divergence(there, here, order) > 1.1 * bound)
+    assert any(exceeded)  # so its text may not promise more
+    result = gnmax.data_dependent_epsilon(
+        np.array([[30.0, 10.0]]), stddev=5.0, delta=DELTA
+    )
+    assert "not the reverse" in result.to_text()
+
+
 def test_it_says_that_the_figure_depends_on_the_data():
     result = gnmax.data_dependent_epsilon(
         np.array([[30.0, 10.0]]), stddev=5.0, delta=DELTA
