@@ -359,8 +359,8 @@ class AnswerLearner(Learner):
         """Asks one batch of new queries, then learns from the replay or rests.
 
         Returns:
-            `student_loss` on the replay and `agreement` with the new answers, both
-            from released answers alone.
+            `student_loss` on the replay and `agreement` with the new answers (0 if no
+            query was answered), both from released answers alone.
         """
         agreement = self._release(self.owner.noise.advance())
         if self._resting:
@@ -385,8 +385,10 @@ class AnswerLearner(Learner):
             self._count_classes(released)
         rows = tf.stack([released.answers, released.candidates], 1)
         self.replay.add(codes, rows, inputs)
+        answered = tf.cast(released.answered, tf.float32)
         agree = tf.argmax(adjusted, -1) == mechanism.labels(released)
-        return tf.reduce_mean(tf.cast(agree, tf.float32))
+        hits = tf.reduce_sum(tf.cast(agree, tf.float32) * answered)
+        return tf.math.divide_no_nan(hits, tf.reduce_sum(answered))
 
     def _count_classes(self, released: Released) -> None:
         """Unbiased, where the student's prediction would confirm itself."""

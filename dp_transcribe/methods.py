@@ -294,6 +294,7 @@ def pate(
     *,
     release: str = "votes",
     threshold: float | None = None,
+    threshold_ratio: float = 2.0,
     student: keras.Model | None = None,
     generator: Any = None,
     epochs: int = 10,
@@ -309,6 +310,8 @@ def pate(
             (GNMax as published). The cost is the same.
         threshold: votes that the leading class needs, noise added, for an answer
             (Confident-GNMax); None answers every query. See `NoisyVotes`.
+        threshold_ratio: noise of that check over the votes' noise, both in multiples
+            of their sensitivities; the larger, the cheaper and the vaguer the check.
         student: logits `[batch, classes]`; a `wavelet_student` by default.
         generator: a trainable generator of a tenth of the queries, guided by the
             student; by default the prior makes them all.
@@ -320,8 +323,9 @@ def pate(
         A compiled transcriber; `fit(target_epsilon=...)` does the rest.
 
     **Privacy**: unit `RECORD`, replace-one. Every query answered is a release and all
-    of them compose; an answer is replayed as often as wanted at no cost. Student and
-    generator are covered.
+    of them compose; an answer is replayed as often as wanted at no cost. With a
+    threshold every query asked counts as answered, and its check is one more release:
+    the same epsilon has more noise. Student and generator are covered.
 
     References:
         arXiv:1610.05755, arXiv:1802.08908, with random processes in place of the real
@@ -333,7 +337,10 @@ def pate(
         student,
         generator or prior,
         NoisyVotes(
-            num_teachers=_num_teachers(ensemble), released=release, threshold=threshold
+            num_teachers=_num_teachers(ensemble),
+            released=release,
+            threshold=threshold,
+            threshold_ratio=threshold_ratio,
         ),
         head=LINEAR,
         schedule=(epochs, steps_per_epoch),

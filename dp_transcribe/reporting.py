@@ -228,7 +228,7 @@ def draw_samples(transcriber: DPTranscriber, count: int = 40) -> Samples:
         count: how many.
 
     Returns:
-        At most `count` samples.
+        At most `count` samples; a query that was not answered has no label to show.
 
     **Privacy**: post-processing of what was released. Where the statement does not
     cover the generator, the caption says that the picture is not covered either.
@@ -249,7 +249,7 @@ def draw_samples(transcriber: DPTranscriber, count: int = 40) -> Samples:
 def _answered(
     transcriber: DPTranscriber, replay: Replay, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The newest rows of the replay: images and released labels."""
+    """Of the newest rows of the replay, the answered ones: images and labels."""
     strategy = transcriber.distribute_strategy
     codes, released, written = (
         strategy.experimental_local_results(v)[0] for v in replay.variables()
@@ -258,9 +258,10 @@ def _answered(
     newest = tf.range(max(end - min(count, replay.size), 0), end) % replay.size
     rows = tf.gather(released, newest)
     mechanism = cast(AnswerMechanism, transcriber.mechanism)
-    labels = mechanism.labels(Released(rows[:, 0], rows[:, 1]))
+    answers = Released(rows[:, 0], rows[:, 1])
     images = dequantize(tf.gather(codes, newest), transcriber.teacher.input_range)
-    return images.numpy(), labels.numpy()
+    answered = answers.answered.numpy()
+    return images.numpy()[answered], mechanism.labels(answers).numpy()[answered]
 
 
 def _coverage(transcriber: DPTranscriber) -> str:

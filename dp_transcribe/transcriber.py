@@ -25,7 +25,7 @@ from dp_transcribe.learning import (
     make_learner,
 )
 from dp_transcribe.losses.objective import GeneratorObjective
-from dp_transcribe.mechanisms.base import Mechanism
+from dp_transcribe.mechanisms.base import Mechanism, Released
 from dp_transcribe.mechanisms.clipping.validate import (
     check_student as check_clippable,
 )
@@ -445,12 +445,12 @@ class DPTranscriber(keras.Model):
         return tf.concat(parts, 0)
 
     def answered_queries(self) -> tuple[np.ndarray, np.ndarray]:
-        """The queries that the replay keeps, and what was released about them.
+        """The queries that the replay keeps, and the answers released to them.
 
         Returns:
             uint8 codes `[n, *image_shape]`, 0 to 255 over the teacher's input range,
-            and released answers float32 `[n, classes]`. Of all workers; with several,
-            all of them call it at once.
+            and released answers float32 `[n, classes]`; without queries that did not
+            reach a threshold. Of all workers; with several, all call it at once.
 
         Raises:
             ValueError: the mechanism releases no answers.
@@ -461,12 +461,10 @@ class DPTranscriber(keras.Model):
         if not isinstance(learner, AnswerLearner):
             expected = "a mechanism that releases answers"
             raise _validate.invalid("mechanism", self.mechanism, expected)
-        codes, released, _ = learner.get_replay()
-        answers = released[:, :, 0]
-        return (
-            codes.reshape(-1, *codes.shape[2:]),
-            answers.reshape(-1, answers.shape[-1]),
-        )
+        codes, rows, _ = learner.get_replay()
+        released = Released(rows[:, :, 0], rows[:, :, 1])
+        answered = released.answered.numpy()
+        return codes[answered], released.answers[answered]
 
     # What it costs.
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import dp_accounting
 import keras
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import tensorflow as tf
 import dp_transcribe as dpt
 from dp_transcribe.distillation.features import scattering_features
 from dp_transcribe.generators import SmoothNoise
-from dp_transcribe.privacy.units import Unit
+from dp_transcribe.privacy.units import Relation, Unit
 from dp_transcribe.shards import RidgeFit, linear_member
 from tests import tiny
 
@@ -54,6 +55,36 @@ def test_a_call_gives_a_transcriber_that_fits_by_its_own_schedule(name, ensemble
     assert transcriber.ledger.releases(Unit.RECORD) == releases
     assert 0.99 < transcriber.ledger.epsilon(unit=Unit.RECORD, delta=tiny.DELTA) <= 1
     assert transcriber.generator_covered
+
+
+def test_a_threshold_costs_a_check_for_every_query_asked(ensemble):
+    transcriber = dpt.pate(
+        ensemble,
+        SmoothNoise(tiny.IMAGE),
+        release="label",
+        threshold=3.0,
+        threshold_ratio=1.5,
+        student=tiny.linear_model(0, 0.1),
+        epochs=1,
+        steps_per_epoch=1,
+        seed=1,
+    )
+    transcriber.fit(target_epsilon=1.0, delta=tiny.DELTA, verbose=0)
+    noise = transcriber.mechanism.noise_multiplier
+    accountant = dp_accounting.rdp.RdpAccountant(
+        neighboring_relation=Relation.REPLACE_ONE
+    )
+    for multiplier in (noise, 1.5 * noise):
+        accountant.compose(dp_accounting.GaussianDpEvent(multiplier), 512)
+    found = transcriber.privacy_statement().epsilon
+    assert found == pytest.approx(accountant.get_epsilon(tiny.DELTA))
+    assert 0.99 < found <= 1.0
+
+
+@pytest.mark.parametrize("threshold", [0.6, 1, SHARDS + 0.5, float("nan")])
+def test_a_threshold_of_other_than_votes_is_refused(ensemble, threshold):
+    with pytest.raises(ValueError, match="`threshold`"):
+        dpt.pate(ensemble, SmoothNoise(tiny.IMAGE), threshold=threshold)
 
 
 @pytest.mark.parametrize("call", [dpt.pate, dpt.pate_gradient])

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from dp_transcribe import reporting
+from dp_transcribe.ensembles import TeacherEnsemble
 from dp_transcribe.mechanisms import EnsembleGradient, NoisyVotes, NormalizedGradient
 from dp_transcribe.privacy.ledger import Ledger
 from dp_transcribe.privacy.statement import statement_from_ledger
@@ -162,6 +164,60 @@ class Stop(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         self.model.save_checkpoint(self.path)
         self.model.stop_training = True
+
+
+class AgreementShown(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        self.last = logs["agreement"]
+
+
+@pytest.mark.parametrize("released", ["votes", "label"])
+def test_a_query_that_misses_the_threshold_is_no_answer(ensemble, released):
+    """Its zeros are not class 0: neither in pictures nor in the agreement."""
+    mechanism = NoisyVotes(
+        num_teachers=SHARDS, noise_multiplier=1e-3, threshold=3.5, released=released
+    )
+    model = tiny.transcriber(
+        mechanism, teacher=ensemble, optimizer=keras.optimizers.SGD(0.0)
+    )
+    shown = AgreementShown()
+    fit(model, 3, callbacks=[shown])
+    rows = model._learner.replay.released.numpy()[:48]
+    images = model._learner.replay.codes.numpy()[:48]
+    passed = ensemble.votes(images / np.float32(255)).numpy().max(-1) > 3.5
+    assert 0 < passed.sum() < 48
+    assert model.ledger.releases(Unit.RECORD) == 48
+    codes, answers = model.answered_queries()
+    np.testing.assert_array_equal(codes, images[passed])
+    np.testing.assert_array_equal(answers, rows[passed, 0])
+    samples = reporting.draw_samples(model, 48)
+    np.testing.assert_array_equal(samples.labels, answers.argmax(-1))
+    assert samples.images.shape == codes.shape
+    agree = model.student(codes / np.float32(255)).numpy().argmax(-1) == samples.labels
+    steps = np.split(passed, 3)
+    found = np.split(agree, np.cumsum([step.sum() for step in steps])[:-1])
+    means = [step.mean() if len(step) else 0.0 for step in found]
+    assert shown.last == pytest.approx(np.mean(means), abs=1e-6)
+
+
+def test_a_threshold_that_nothing_reaches_shows_no_agreement():
+    mechanism = NoisyVotes(num_teachers=SHARDS, noise_multiplier=1e-3, threshold=6.0)
+    student = tiny.linear_model(0, 0.0)  # says class 0
+    model = tiny.transcriber(mechanism, teacher=quarrel(), student=student)
+    shown = AgreementShown()
+    fit(model, 1, callbacks=[shown])
+    assert shown.last == 0.0
+    assert not len(model.answered_queries()[0])
+    assert not len(reporting.draw_samples(model, 8).images)
+
+
+def quarrel():
+    """Each of six teachers says a class of its own to every image."""
+    weights = [
+        np.zeros((SHARDS, tiny.PIXELS, tiny.CLASSES), np.float32),
+        np.eye(SHARDS, tiny.CLASSES, dtype=np.float32),
+    ]
+    return TeacherEnsemble(member(), weights)
 
 
 def test_votes_teach_a_student(ensemble):

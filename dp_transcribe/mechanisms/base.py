@@ -318,11 +318,17 @@ class Released:
 
     Attributes:
         answers: `[batch, classes]` float32, what was released.
-        candidates: `[batch, classes]` float32, 1 for the classes that could be.
+        candidates: `[batch, classes]` float32, 1 for the classes that could be; all 0
+            for a query that was asked and not answered.
     """
 
     answers: tf.Tensor
     candidates: tf.Tensor
+
+    @property
+    def answered(self) -> tf.Tensor:
+        """Which queries were answered, bool `[batch]`."""
+        return tf.reduce_any(self.candidates > 0, -1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

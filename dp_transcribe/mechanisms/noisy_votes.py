@@ -50,7 +50,8 @@ class NoisyVotes(AnswerMechanism):
         released: "votes" or "label".
         top_k: number of candidate classes, by the student's prediction; None is all.
             Votes for other classes are dropped.
-        threshold: votes that the check asks for, None for no check.
+        threshold: votes that the check asks for, above 1 and at most `num_teachers`;
+            None for no check.
         threshold_ratio: noise multiplier of the check over `noise_multiplier`.
         margin: share of the teachers that is assumed to vote for the true class
             above any other; only the student's loss depends on it.
@@ -90,7 +91,7 @@ class NoisyVotes(AnswerMechanism):
         if self.top_k is not None:
             _validate.in_range("top_k", self.top_k, 2, 10**6)
         if self.threshold is not None:
-            _validate.positive_finite("threshold", self.threshold)
+            _check_threshold(self.threshold, self.num_teachers)
         _validate.positive_finite("threshold_ratio", self.threshold_ratio)
         _validate.positive_finite("margin", self.margin)
 
@@ -266,6 +267,15 @@ def answer_confidently(
     seed = noise.stream(number, ANSWERS)
     released = unchecked.release(shares, tf.ones_like(shares), seed)
     return Released(released.answers * passed, released.candidates * passed)
+
+
+def _check_threshold(threshold: float, num_teachers: int) -> None:
+    """Refuses a share of the teachers, or more votes than there are."""
+    _validate.positive_finite("threshold", threshold)
+    if not 1 < threshold <= num_teachers:
+        mend = "It counts votes: multiply a share of the teachers by their number."
+        expected = f"above 1 and at most num_teachers={num_teachers}"
+        raise _validate.invalid("threshold", threshold, expected, mend)
 
 
 def _spend(mechanism: NoisyVotes, event: Event, part: str) -> Spend:
