@@ -835,6 +835,8 @@ _FIXED = (
     "generator",
     "public_prior",
     "generator_covered",
+    "generator_updates",
+    "candidates_per_query",
 )
 _SERIALIZED = ("student", "second_student", "generator", "public_prior")
 _PLAIN_ARGUMENTS = (

@@ -391,6 +391,8 @@ def test_an_objective_the_student_cannot_serve_is_refused_before_any_spending(
         ("mechanism", NormalizedGradient(noise_multiplier=100.0)),
         ("queries", FreshQueries(batch_size=999)),
         ("student_updates", 1),
+        ("generator_updates", 0),
+        ("candidates_per_query", 3),
     ],
 )
 def test_what_the_accounting_reads_cannot_be_changed_under_a_traced_step(name, value):

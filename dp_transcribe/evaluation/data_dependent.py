@@ -52,8 +52,8 @@ def data_dependent_cost(
     codes, _ = transcriber.answered_queries()
     asked = transcriber.ledger.releases(mechanism.unit)
     if len(codes) != asked:
-        mend = "Give `replay_size` as many places as there are queries."
-        expected = f"a replay of all {asked} queries answered"
+        mend = "`replay_size` has too few places, or a step was interrupted."
+        expected = f"a replay of all {asked} queries that the ledger knows"
         raise _validate.invalid("transcriber", len(codes), expected, mend)
     return gnmax.data_dependent_epsilon(
         _votes(cast(TeacherEnsemble, transcriber.teacher), codes),
@@ -73,14 +73,15 @@ def _labels_alone(transcriber: DPTranscriber) -> NoisyVotes:
         mend = "Noisy counts cost what the ledger says."
         expected = 'a transcriber with `NoisyVotes(released="label")`'
         raise _validate.invalid("transcriber", mechanism, expected, mend)
+    updates = transcriber.generator_updates if transcriber.trains_generator else 0
     for name, value, allowed in (
         ("mechanism.threshold", mechanism.threshold, None),
         ("mechanism.top_k", mechanism.top_k, None),
         ("candidates_per_query", transcriber.candidates_per_query, 1),
-        ("generator_updates", transcriber.trains_generator, False),
+        ("generator_updates", updates, 0),
     ):
         if value != allowed:
-            mend = "The analysis is of queries and classes that are fixed beforehand."
+            mend = "Only of a run with fixed queries and classes is this the cost."
             raise _validate.invalid(name, value, f"{allowed}", mend)
     return mechanism
 

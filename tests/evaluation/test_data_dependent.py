@@ -84,6 +84,20 @@ def test_what_the_analysis_does_not_hold_for_is_refused(arguments, named):
         data_dependent_cost(model)
 
 
+def test_a_refusal_is_not_got_round_after_the_run():
+    """The queries were chosen, whatever is set later."""
+    generator = MLPGenerator(tiny.IMAGE, latent_dim=4, units=(8,))
+    for name, value, arguments in (
+        ("candidates_per_query", 1, {"candidates_per_query": 2}),
+        ("generator_updates", 0, {"generator": generator}),
+    ):
+        model = transcribed(ensemble(0.0), VOTES(noise_multiplier=3.0), **arguments)
+        with pytest.raises(AttributeError, match=name):
+            setattr(model, name, value)
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            data_dependent_cost(model)
+
+
 def test_answers_are_asked_for():
     model = tiny.transcriber(dpt.NormalizedGradient(noise_multiplier=1.0))
     with pytest.raises(ValueError, match="`mechanism`.*releases answers"):
