@@ -63,7 +63,7 @@ class NoisyVotes(AnswerMechanism):
     count by 1. *Every* query is one Gaussian event, and all of them
     compose; with a threshold the check is one more for every query that is *asked*.
     Inside a transcription every query asked is counted as answered;
-    `answer_confidently` counts those that were. The accounting reads no vote:
+    `answer_confidently` counts a number fixed before. The accounting reads no vote:
     `evaluation.data_dependent_cost` does, and its epsilon is not private.
 
     References:
@@ -233,40 +233,50 @@ def check_seed(seed: tf.Tensor) -> tf.Tensor:
 
 
 def answer_confidently(
-    mechanism: NoisyVotes, shares: tf.Tensor, ledger: Ledger, *, noise: NoiseSource
+    mechanism: NoisyVotes,
+    shares: tf.Tensor,
+    ledger: Ledger,
+    *,
+    noise: NoiseSource,
+    limit: int | None = None,
 ) -> Released:
-    """Answers queries by Confident-GNMax and records exactly what that costs.
-
-    The check of every query asked is recorded before it is made. Which queries passed
-    is then public, and their votes are recorded before they are noised.
+    """Answers the first queries that pass the check of Confident-GNMax.
 
     Args:
-        mechanism: calibrated, with a threshold.
+        mechanism: calibrated, with a threshold. All classes are candidates.
         shares: `[batch, classes]` shares of votes. Protected.
         ledger: where the releases are recorded.
         noise: where the noise comes from.
+        limit: how many queries are answered at most; None for all.
 
     Returns:
-        What was released; answers and candidates are zero where the check failed.
+        What was released; answers and candidates are zero where the check failed, and
+        from the limit on.
+
+    **Privacy**: a check for every query asked, and votes for as many as may be
+    answered. Both are recorded before the first check is made, and do not depend on how
+    many pass: an epsilon that follows from that number would be known only after it.
 
     Raises:
-        ValueError: the mechanism has no threshold. Nothing was spent.
+        ValueError: the mechanism has no threshold, or the limit is not 1 or more.
+            Nothing was spent.
     """
     if mechanism.threshold is None:
         raise _validate.invalid("threshold", None, "a number of votes")
+    asked = int(shares.shape[0])
+    limit = asked if limit is None else _validate.positive_int("limit", limit)
+    unchecked = dataclasses.replace(mechanism, threshold=None, top_k=None)
+    ledger.record(_spend(mechanism, mechanism.threshold_event, "check"), asked)
+    votes = _spend(mechanism, unchecked.event(), "votes")
+    ledger.record(votes, min(limit, asked))
     number = noise.advance()
-    check_seed = noise.stream(number, ANSWERS, part=1)
     counts = tf.round(shares * float(mechanism.num_teachers))
-    check = _spend(mechanism, mechanism.threshold_event, "check")
-    ledger.record(check, int(counts.shape[0]))
-    passed = mechanism.passes(counts, check_seed)[:, None]
-    answered = int(tf.reduce_sum(passed))
-    unchecked = dataclasses.replace(mechanism, threshold=None)
-    if answered:
-        ledger.record(_spend(mechanism, unchecked.event(), "votes"), answered)
+    passed = mechanism.passes(counts, noise.stream(number, ANSWERS, part=1))
+    within = tf.cast(tf.cumsum(passed) <= float(limit), tf.float32)
+    answered = (passed * within)[:, None]
     seed = noise.stream(number, ANSWERS)
     released = unchecked.release(shares, tf.ones_like(shares), seed)
-    return Released(released.answers * passed, released.candidates * passed)
+    return Released(released.answers * answered, released.candidates * answered)
 
 
 def _check_threshold(threshold: float, num_teachers: int) -> None:

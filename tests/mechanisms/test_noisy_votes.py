@@ -170,24 +170,33 @@ def test_the_noise_of_the_check_is_independent_of_that_of_the_votes():
     assert np.abs(correlations).max() < 4.5 / math.sqrt(200 * 50)
 
 
-def test_confident_answers_are_recorded_exactly():
-    mechanism = NoisyVotes(
-        num_teachers=TEACHERS,
-        noise_multiplier=2.0,
-        threshold=30.0,
-        threshold_ratio=2.0,
-        released="label",
-    )
+CONFIDENT = NoisyVotes(
+    num_teachers=TEACHERS,
+    noise_multiplier=2.0,
+    threshold=30.0,
+    threshold_ratio=2.0,
+    released="label",
+)
+
+
+@pytest.mark.parametrize("agreeing", [0, 25, 60])
+@pytest.mark.parametrize(("limit", "paid"), [(None, 60), (30, 30), (10, 10), (99, 60)])
+def test_confident_answers_cost_what_was_fixed_before(limit, paid, agreeing):
     ballots = votes(60)
-    ballots[:25] = 3  # these agree
+    ballots[:agreeing] = 3
     ledger = Ledger()
     out = answer_confidently(
-        mechanism, tf.constant(shares(ballots)), ledger, noise=NoiseSource(0)
+        CONFIDENT,
+        tf.constant(shares(ballots)),
+        ledger,
+        noise=NoiseSource(0),
+        limit=limit,
     )
-    answered = out.candidates.numpy().sum(-1) > 0
-    assert answered[:25].all() and not answered[25:].any()
-    assert np.all(out.answers.numpy()[:25].argmax(-1) == 3)
-    assert [entry.count for entry in ledger.entries] == [60, 25]
+    answered = out.answered.numpy()
+    expected = min(agreeing, paid)
+    assert answered[:expected].all() and not answered[expected:].any()
+    assert np.all(out.answers.numpy()[:expected].argmax(-1) == 3)
+    assert [entry.count for entry in ledger.entries] == [60, paid]
     assert ledger.mechanisms(Unit.RECORD) == (
         "NoisyVotes (check)",
         "NoisyVotes (votes)",
@@ -196,9 +205,35 @@ def test_confident_answers_are_recorded_exactly():
         neighboring_relation=Relation.REPLACE_ONE
     )
     accountant.compose(dp_accounting.GaussianDpEvent(4.0), 60)
-    accountant.compose(dp_accounting.GaussianDpEvent(2.0), 25)
+    accountant.compose(dp_accounting.GaussianDpEvent(2.0), paid)
     epsilon = ledger.epsilon(unit=Unit.RECORD, delta=DELTA)
     assert epsilon == pytest.approx(accountant.get_epsilon(DELTA))
+
+
+def test_a_crash_in_the_check_has_been_paid_for(monkeypatch):
+    def crash(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(NoisyVotes, "passes", crash)
+    ledger = Ledger()
+    with pytest.raises(KeyboardInterrupt):
+        answer_confidently(
+            CONFIDENT, tf.constant(shares(votes(9))), ledger, noise=NoiseSource(0)
+        )
+    assert ledger.releases(Unit.RECORD) == 18
+
+
+def test_a_limit_below_one_is_refused():
+    ledger = Ledger()
+    with pytest.raises(ValueError, match="limit"):
+        answer_confidently(
+            CONFIDENT,
+            tf.constant(shares(votes(3))),
+            ledger,
+            noise=NoiseSource(0),
+            limit=0,
+        )
+    assert not ledger.entries
 
 
 def test_a_confident_answer_needs_a_threshold():
