@@ -15,6 +15,7 @@ from dp_transcribe.losses.objective import GeneratorObjective
 from dp_transcribe.mechanisms.base import AnswerMechanism, GradientMechanism, Mechanism
 from dp_transcribe.mechanisms.clipping import check_sampled
 from dp_transcribe.mechanisms.inherited import Inherited
+from dp_transcribe.privacy.inheritance import fingerprint
 from dp_transcribe.privacy.units import Unit
 from dp_transcribe.queries import FreshQueries, Queries, QueryPool
 from dp_transcribe.students import check_student
@@ -113,6 +114,24 @@ def check_unguided(name: str, source: Any, covered: bool) -> None:
         mend = "Take a new generator, or set `generator_covered=False`."
         expected = "a source of queries that no teacher guided"
         raise _validate.invalid(name, source, expected, mend)
+
+
+def guided_by_another(source: Any, teacher: Any) -> bool:
+    """Whether another teacher than this, or an unknown one, guided a generator.
+
+    Its images carry what that teacher remembers, whatever this one's guarantee is.
+    """
+    own = fingerprint(getattr(teacher, "statement", None))
+    guided = getattr(source, "guided_by_teacher", False)
+    return bool(guided) and set(getattr(source, "guides", ())) != {own}
+
+
+def check_inherited(source: Any, teacher: Any) -> None:
+    """Refuses to hand on a guarantee past which a generator carries another teacher."""
+    if guided_by_another(source, teacher):
+        mend = "Take a new generator; this teacher may guide it."
+        expected = "a source of queries that no other teacher guided"
+        raise _validate.invalid("generator", source, expected, mend)
 
 
 def check_guidance(mechanism: Mechanism, generator_covered: bool) -> None:

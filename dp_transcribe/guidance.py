@@ -12,6 +12,7 @@ from dp_transcribe._validate import invalid, positive_finite, positive_int
 from dp_transcribe.generators.trainable import TrainableGenerator
 from dp_transcribe.losses.batch_norm_statistics import BatchNormStatistics
 from dp_transcribe.losses.objective import GeneratorObjective
+from dp_transcribe.privacy.inheritance import fingerprint
 from dp_transcribe.students import last_features
 
 
@@ -78,6 +79,8 @@ def pretrain_by_teacher(
         return loss
 
     generator.guided_by_teacher = True
+    guide = fingerprint(getattr(teacher, "statement", None))
+    generator.guides = tuple(sorted({*generator.guides, guide}))
     losses = [update(tf.constant(step)).numpy() for step in range(steps)]
     return np.asarray(losses, np.float32)
 

@@ -280,6 +280,8 @@ class DPTranscriber(keras.Model):
         compatibility.check_source("public_prior", self.public_prior, self.teacher)
         covered = self.generator_covered and not isinstance(self.mechanism, Inherited)
         compatibility.check_unguided("generator", self.generator, covered)
+        if isinstance(self.mechanism, Inherited):
+            compatibility.check_inherited(self.generator, self.teacher)
         compatibility.check_unguided("public_prior", self.public_prior, True)
         compatibility.check_queries(
             self.queries, self.mechanism, self._num_replicas, self.student
@@ -694,8 +696,9 @@ class DPTranscriber(keras.Model):
         """All that is guaranteed of the student: one statement for each unit.
 
         Where a mechanism of unit `RESPONSE` asks a teacher that is itself private, the
-        student also inherits the teacher's guarantee for its records. Each statement
-        holds by itself; epsilons of different units are never added.
+        student also inherits the teacher's guarantee for its records, unless another
+        teacher guided the generator. Each statement holds by itself; epsilons of
+        different units are never added.
 
         Args:
             delta: see `privacy_statement`; of the mechanism's.
@@ -707,6 +710,8 @@ class DPTranscriber(keras.Model):
         own = self.privacy_statement(delta=delta, accountant=accountant)
         inherited = getattr(self.teacher, "statement", None)
         if inherited is None or own.unit is inherited.unit:
+            return (own,)
+        if compatibility.guided_by_another(self.generator, self.teacher):
             return (own,)
         covered, left_out = ["student"], ["checkpoints (they hold keys)"]
         (covered if self.generator_covered else left_out).append("generator")

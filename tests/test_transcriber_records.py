@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 import dp_transcribe as dpt
+from dp_transcribe.generators import MLPGenerator
+from dp_transcribe.guidance import pretrain_by_teacher
 from dp_transcribe.mechanisms import NoisyAnswer, NormalizedGradient
 from dp_transcribe.mechanisms.inherited import Inherited
 from dp_transcribe.privacy.ledger import Ledger
@@ -171,3 +173,31 @@ def test_a_generator_that_is_not_covered_is_not_by_the_teachers_guarantee_either
     for statement in model.privacy_statements():
         assert "generator" in statement.not_covered
         assert "generator" not in statement.covered
+
+
+def guided_by(*teachers):
+    generator = MLPGenerator(tiny.IMAGE, latent_dim=4, units=(8,))
+    for teacher in teachers:
+        pretrain_by_teacher(generator, teacher, steps=1, batch_size=4)
+    return MLPGenerator.from_config(generator.get_config())
+
+
+def test_no_guarantee_is_passed_on_where_another_teacher_guided_the_generator():
+    """Its images carry what the other one remembers, unnoised."""
+    teacher, other = private_teacher(), tiny.linear_teacher(9)
+    for guides, units in (
+        ([teacher], [Unit.RESPONSE, Unit.RECORD]),
+        ([other], [Unit.RESPONSE]),
+        ([teacher, other], [Unit.RESPONSE]),
+    ):
+        model = tiny.transcriber(
+            NormalizedGradient(noise_multiplier=2.0),
+            teacher=teacher,
+            generator=guided_by(*guides),
+            generator_covered=False,
+        )
+        assert [s.unit for s in model.privacy_statements()] == units
+    free = Inherited(teacher.statement)
+    tiny.transcriber(free, teacher=teacher, generator=guided_by(teacher))
+    with pytest.raises(ValueError, match="`generator`.*no other teacher guided"):
+        tiny.transcriber(free, teacher=teacher, generator=guided_by(other))

@@ -28,6 +28,8 @@ class TrainableGenerator(keras.Model):
         output_range: Lowest and highest pixel value; the teacher's input range.
         guided_by_teacher: Whether a teacher's gradients went into its weights; set by
             `pretrain_by_teacher`.
+        guides: Which teachers those were: for each the fingerprint of its privacy
+            statement, "" for one without.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class TrainableGenerator(keras.Model):
         num_classes: int | None = None,
         output_range: Sequence[float] = (0.0, 1.0),
         guided_by_teacher: bool = False,
+        guides: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -48,6 +51,7 @@ class TrainableGenerator(keras.Model):
         self.num_classes = num_classes
         self.output_range = check_output_range(output_range)
         self.guided_by_teacher = guided_by_teacher
+        self.guides = tuple(guides)
         self.embedding = None
         if num_classes is not None:
             self.embedding = keras.layers.Embedding(num_classes, self.latent_dim)
@@ -120,4 +124,5 @@ class TrainableGenerator(keras.Model):
             "num_classes": self.num_classes,
             "output_range": list(self.output_range),
             "guided_by_teacher": self.guided_by_teacher,
+            "guides": list(self.guides),
         }

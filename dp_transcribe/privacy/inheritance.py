@@ -1,6 +1,7 @@
 """A guarantee passed on: what is computed from a private model is as private as it."""
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,6 +72,13 @@ def inherit(
         not_covered=_merged(statement.not_covered, not_covered),
         inherited_from=source,
     )
+
+
+def fingerprint(statement: PrivacyStatement | None) -> str:
+    """Tells whose guarantee this is: SHA-256 of the statement, "" for none."""
+    if statement is None:
+        return ""
+    return hashlib.sha256(statement.to_json().encode()).hexdigest()
 
 
 def read_statement(path: str | os.PathLike[str]) -> PrivacyStatement:
