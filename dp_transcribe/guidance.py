@@ -80,7 +80,7 @@ def pretrain_by_teacher(
 
     generator.guided_by_teacher = True
     guide = fingerprint(getattr(teacher, "statement", None))
-    generator.guides = tuple(sorted({*generator.guides, guide}))
+    generator.guides = tuple(sorted({*getattr(generator, "guides", ()), guide}))
     losses = [update(tf.constant(step)).numpy() for step in range(steps)]
     return np.asarray(losses, np.float32)
 
