@@ -12,6 +12,8 @@ from typing import Protocol
 
 import tensorflow as tf
 
+_ROUNDING = 2.0**-24  # of a float32
+
 
 class PerExampleGradient(Protocol):
     """The gradients of one variable, one for each example of the batch."""
@@ -96,8 +98,8 @@ class Factored:
             return inputs * tf.reduce_sum(tf.square(self.deltas), axis=(1, 2))
         inputs = tf.matmul(self.inputs, self.inputs, transpose_b=True)
         deltas = tf.matmul(self.deltas, self.deltas, transpose_b=True)
-        # Rounding can leave a sum that should be zero below it.
-        return tf.maximum(tf.reduce_sum(inputs * deltas, axis=(1, 2)), 0.0)
+        lengths = tf.linalg.diag_part(inputs) * tf.linalg.diag_part(deltas)
+        return _rounded_up(inputs * deltas, _pairs(lengths))
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
         """Returns the sum over the batch, in the variable's shape."""
@@ -135,7 +137,7 @@ class Rows:
         """Returns `[batch]` float32; a row that is looked up twice counts once."""
         same = to_float32(self.rows[:, :, None] == self.rows[:, None, :])
         gram = tf.matmul(self.deltas, self.deltas, transpose_b=True)
-        return tf.maximum(tf.reduce_sum(same * gram, axis=(1, 2)), 0.0)
+        return _rounded_up(same * gram, same * _pairs(tf.linalg.diag_part(gram)))
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
         """Returns the sum over the batch, in the table's shape."""
@@ -152,6 +154,36 @@ class Rows:
     def map(self, fn: Callable[[tf.Tensor], tf.Tensor]) -> Rows:
         """Returns a copy with `fn` applied to rows and deltas."""
         return dataclasses.replace(self, rows=fn(self.rows), deltas=fn(self.deltas))
+
+
+def _pairs(squares: tf.Tensor) -> tf.Tensor:
+    """Products of the lengths of positions, `[batch, positions, positions]`.
+
+    Args:
+        squares: `[batch, positions]`, squared lengths.
+    """
+    lengths = tf.sqrt(tf.maximum(squares, 0.0))
+    return lengths[:, :, None] * lengths[:, None, :]
+
+
+def _rounded_up(products: tf.Tensor, largest: tf.Tensor) -> tf.Tensor:
+    """Sums of products that may cancel, with what rounding may have taken away.
+
+    Where positions cancel, the digits that are left are rounding's. A squared norm that
+    is too small would let an example contribute more than the bound, one that is too
+    large only less.
+
+    Args:
+        products: `[batch, positions, positions]`.
+        largest: alike, what a product can be at most.
+
+    Returns:
+        `[batch]`, 0 only where nothing was added.
+    """
+    total = tf.reduce_sum(products, axis=(1, 2))
+    slack = 4.0 * tf.abs(products) + largest
+    # A sum that should be zero can come out below it.
+    return tf.maximum(total, 0.0) + _ROUNDING * tf.reduce_sum(slack, axis=(1, 2))
 
 
 def outer(
