@@ -67,9 +67,13 @@ def is_graph(layer: keras.layers.Layer) -> bool:
 
 
 def makes_mask(layer: keras.layers.Layer) -> bool:
-    """Whether a layer attaches a Keras mask to what it returns."""
-    return isinstance(layer, keras.layers.Masking) or bool(
-        getattr(layer, "mask_zero", False)
+    """Whether a layer attaches a Keras mask to what it returns; one's own may."""
+    kind = type(layer)
+    own = kind.compute_mask is not keras.layers.Layer.compute_mask
+    return (
+        isinstance(layer, keras.layers.Masking)
+        or bool(getattr(layer, "mask_zero", False))
+        or (own and not kind.__module__.startswith("keras."))
     )
 
 
@@ -80,6 +84,10 @@ def is_supported(layer: keras.layers.Layer, masked: bool) -> bool:
     if not layer.trainable_variables:
         return True
     if masked and isinstance(layer, keras.layers.MultiHeadAttention):
+        return False
+    # What an activation learns is no variable that the layer's rule knows.
+    inner = getattr(layer, "activation", None)
+    if isinstance(inner, keras.layers.Layer) and inner.trainable_variables:
         return False
     return has_rule(layer)
 

@@ -63,12 +63,19 @@ def subclassed_graph():
     return sequence((6,), inner, L.Dense(3))
 
 
+def activation_that_learns():
+    inner = L.PReLU()
+    inner.build((None, 4))
+    return sequence((6,), L.Dense(4, activation=inner), L.Dense(2))
+
+
 FALL_BACK = {
     "custom": lambda: sequence((6,), L.Dense(4), Scale(), L.Dense(3)),
     "subclass": lambda: sequence((6,), Doubled(4), L.Dense(3)),
     "recurrent": lambda: sequence((2, 3), L.SimpleRNN(4, unroll=True), L.Dense(3)),
     "wrapper": lambda: sequence((4, 3), L.TimeDistributed(L.Dense(4))),
     "subclassed graph": subclassed_graph,
+    "activation": activation_that_learns,
 }
 
 
@@ -93,6 +100,28 @@ def test_an_unknown_layer_falls_back_with_one_warning(name, caplog):
 def test_attention_with_a_mask_of_an_embedding_falls_back():
     inputs = keras.Input((5,), dtype="int32")
     x = L.Embedding(4, 6, mask_zero=True)(inputs)
+    model = keras.Model(inputs, L.MultiHeadAttention(2, 3)(x, x))
+    inputs, targets = make_data(model)
+    expected, _ = one_by_one(model, inputs, targets, l2_norm=0.3)
+    result = clipped_gradient_sum(model, inputs, targets, squared_error, l2_norm=0.3)
+    assert distance(result.gradients, expected) < 1e-5
+
+
+class OwnMask(L.Layer):
+    """Attaches a mask of its own."""
+
+    supports_masking = True
+
+    def call(self, inputs):
+        return inputs * 1.0
+
+    def compute_mask(self, inputs, mask=None):
+        return keras.ops.any(inputs > 0.5, axis=-1)
+
+
+def test_attention_with_a_mask_of_a_layer_of_ones_own_falls_back():
+    inputs = keras.Input((5, 6))
+    x = OwnMask()(inputs)
     model = keras.Model(inputs, L.MultiHeadAttention(2, 3)(x, x))
     inputs, targets = make_data(model)
     expected, _ = one_by_one(model, inputs, targets, l2_norm=0.3)
