@@ -38,7 +38,7 @@ class RecordSums:
     written to `ledger` before its noise is drawn, an empty sample included.
 
     Attributes:
-        source: key and counter of the noise, as secret as the records.
+        seed: as given.
     """
 
     def __init__(
@@ -63,13 +63,34 @@ class RecordSums:
             event=sum_event(self.noise_multiplier, self.sampling_probability),
             mechanism=mechanism,
         )
-        self.source = NoiseSource(seed)
+        source = NoiseSource(seed)
+        self._source: NoiseSource | None = source
+        self.seed = source.seed
         self._number: tf.Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle or a copy holds: ledger and facts, never the noise's key."""
+        return {**self.__dict__, "_source": None, "_number": None}
+
+    @property
+    def source(self) -> NoiseSource:
+        """Key and counter of the noise, as secret as the records.
+
+        Raises:
+            RuntimeError: this is a copy or was pickled, and can make no release.
+        """
+        if self._source is None:
+            raise RuntimeError(
+                "This is a copy, which has no key of the noise. Make releases with the "
+                "original."
+            )
+        return self._source
 
     def begin(self) -> None:
         """Records the next release; call it before looking at any record."""
+        source = self.source
         self.ledger.record(self.spend)
-        self._number = self.source.advance()
+        self._number = source.advance()
 
     def sample(self, num_records: int) -> tf.Tensor:
         """Draws the records of the release begun, each independently.
@@ -138,7 +159,7 @@ class RecordSums:
             accountant=accountant,
             covered=covered,
             not_covered=("the private records", "accuracies measured on them"),
-            noise_seed=self.source.seed,
+            noise_seed=self.seed,
             details=facts,
         )
 

@@ -1,5 +1,8 @@
 """The private linear model: sensitivity, sampling, ledger and learning."""
 
+import copy
+import pickle
+
 import dp_accounting
 import numpy as np
 import pytest
@@ -186,3 +189,19 @@ def test_sampling_and_noise_of_one_release_use_different_bits():
     chosen = np.isin(np.arange(4000), sums.sample(4000).numpy())
     noise = sums.add_noise(tf.zeros([4000])).numpy()
     assert abs(np.corrcoef(chosen, noise)[0, 1]) < 0.06
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_a_copy_of_a_fitted_model_has_no_key_of_its_noise(duplicate):
+    random = np.random.default_rng(0)
+    rows = random.normal(size=(40, 6)).astype(np.float32)
+    model = PrivateLinearModel(2, LinearTraining(steps=2, accountant="rdp"))
+    model.fit(rows, np.arange(40) % 2, target_epsilon=1.0, delta=1e-5)
+    copied = duplicate(model)
+    np.testing.assert_array_equal(copied.predict(rows), model.predict(rows))
+    assert copied.privacy_statement() == model.privacy_statement()
+    with pytest.raises(RuntimeError, match="no key"):
+        copied._releases.begin()
+    assert copied.privacy_statement() == model.privacy_statement()
