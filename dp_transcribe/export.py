@@ -39,7 +39,7 @@ def export_student(
     transcriber_or_student: Any,
     path: str | os.PathLike[str],
     *,
-    statement: PrivacyStatement | None = None,
+    statement: PrivacyStatement | Sequence[PrivacyStatement] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes a student as a SavedModel that TensorFlow Serving loads.
@@ -57,8 +57,9 @@ def export_student(
         transcriber_or_student: A `DPTranscriber`, or a Keras model that maps images to
             logits `[batch, classes]`.
         path: The folder to write, for TensorFlow Serving `<model name>/<version>`.
-        statement: The privacy statement to put beside the student. Needed for a bare
-            student; a transcriber brings its own (`privacy_statements`).
+        statement: The privacy statement to put beside the student, or several of
+            different units. Needed for a bare student; a transcriber brings its own
+            (`privacy_statements`).
         overwrite: Whether an exported model at `path` may be replaced.
 
     Returns:
@@ -209,13 +210,20 @@ def statements_text(statements: Sequence[PrivacyStatement]) -> str:
 
 
 def _statements_of(
-    source: Any, statement: PrivacyStatement | None
+    source: Any, statement: PrivacyStatement | Sequence[PrivacyStatement] | None
 ) -> tuple[PrivacyStatement, ...]:
-    """The statement given, or the transcriber's own."""
+    """The statements given, or the transcriber's own."""
     if statement is None and hasattr(source, "privacy_statements"):
         return source.privacy_statements()
-    mend = "Pass the transcriber, or `statement=transcriber.privacy_statement()`."
-    return (_validate.instance_of("statement", statement, PrivacyStatement, mend),)
+    mend = "Pass the transcriber, or `statement=transcriber.privacy_statements()`."
+    given = tuple(statement) if isinstance(statement, list | tuple) else (statement,)
+    for each in given or (None,):
+        _validate.instance_of("statement", each, PrivacyStatement, mend)
+    units = [each.unit for each in given]
+    if len(set(units)) < len(units):
+        expected = "one statement for each unit"
+        raise _validate.invalid("statement", [unit.value for unit in units], expected)
+    return given
 
 
 @contextmanager

@@ -28,6 +28,7 @@ import dp_transcribe as dpt
 from dp_transcribe import _validate, reporting, workers
 from dp_transcribe.cli import check_fits, load_in_range
 from dp_transcribe.data import ImageDataset, load_dataset
+from dp_transcribe.export import statements_text
 from dp_transcribe.generators.priors import default_prior
 from dp_transcribe.programs import parse_flags, refuse
 from dp_transcribe.reference_teachers import (
@@ -155,16 +156,17 @@ def transcribe(strategy: tf.distribute.Strategy, data: ImageDataset) -> Any:
 
 def write_results(transcriber: dpt.DPTranscriber, data: ImageDataset) -> None:
     """Student, statement and accuracies; on the first worker."""
-    folder, statement = Path(FLAGS.output_dir), transcriber.privacy_statement()
+    folder, statements = Path(FLAGS.output_dir), transcriber.privacy_statements()
     # A copy on one device: nothing that is written waits for other workers.
     student = keras.models.clone_model(transcriber.student)
     student.set_weights(transcriber.student.get_weights())
-    dpt.export_student(student, folder / STUDENTS, statement=statement, overwrite=True)
-    reporting.write_text(folder / "statement.txt", statement.to_text())
+    dpt.export_student(student, folder / STUDENTS, statement=statements, overwrite=True)
+    reporting.write_text(folder / "statement.txt", statements_text(statements))
     data = data.in_range(transcriber.teacher.input_range)
     classes = reporting.predict_classes(student, data.test_images)
     replicas = transcriber.distribute_strategy.num_replicas_in_sync
-    print(statement.to_text().split("\n\n")[0])
+    for statement in statements:
+        print(statement.to_text().split("\n\n")[0])
     print(f"student on {replicas} replicas: {np.mean(classes == data.test_labels):.2%}")
     print(f"Release {folder / STUDENTS} and nothing else.")
 

@@ -71,16 +71,16 @@ class Procedural:
     """A random process: nothing in it was learned."""
 
 
-def make_statement(event) -> PrivacyStatement:
+def make_statement(event, unit=Unit.RESPONSE) -> PrivacyStatement:
     spend = Spend(
-        unit=Unit.RESPONSE,
+        unit=unit,
         relation=Relation.REPLACE_SPECIAL,
         event=event,
         mechanism="RandomizedResponse",
     )
     ledger = Ledger()
     ledger.record(spend)
-    return statement_from_ledger(ledger, unit=Unit.RESPONSE, delta=1e-5)
+    return statement_from_ledger(ledger, unit=unit, delta=1e-5)
 
 
 @pytest.fixture(autouse=True)
@@ -219,6 +219,27 @@ def test_a_bare_student_needs_a_statement(tmp_path, statement):
 
     folder = export.export_student(make_student(), tmp_path / "1", statement=statement)
     assert (folder / "assets.extra" / "statement.json").exists()
+
+
+def test_a_bare_student_takes_a_statement_of_each_unit(tmp_path, statement):
+    people = make_statement(PureDpEvent(2.0), Unit.RECORD)
+    folder = export.export_student(
+        make_student(), tmp_path / "1", statement=(statement, people)
+    )
+    text = (folder / "assets.extra" / "statement.txt").read_text()
+    assert statement.to_text() in text
+    assert people.to_text() in text
+    written = (folder / "assets.extra" / "statement.record.json").read_text()
+    assert PrivacyStatement.from_json(written) == people
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_no_statement_and_two_of_one_unit_are_refused(tmp_path, statement, count):
+    with pytest.raises(ValueError, match="`statement`"):
+        export.export_student(
+            make_student(), tmp_path / "1", statement=[statement] * count
+        )
+    assert not (tmp_path / "1").exists()
 
 
 def test_vector_student_and_bfloat16_policy_serve_float32(tmp_path, statement):
