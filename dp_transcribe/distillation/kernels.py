@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from dp_transcribe import _validate
 from dp_transcribe.distillation.scattering import Scattering
+from dp_transcribe.distillation.scattering_jacobian import scattering_jacobian
 
 _EPSILON = 1e-5
 # float32 values that a distillation may take for its support images, 4 GiB.
@@ -145,9 +146,10 @@ def _scattering_jacobian(kernel: ScatteringKernel, image: tf.Tensor) -> tf.Tenso
     """Compiled per kernel."""
     height, width, colours = kernel.image_shape
     pixels = height * width
-    directions = tf.reshape(tf.eye(pixels), [pixels, height, width])
-    planes = [image[:, :, colour] for colour in range(colours)]
-    moves = [kernel.transform.tangents(plane, directions) for plane in planes]
+    moves = [
+        scattering_jacobian(kernel.transform, image[:, :, colour])
+        for colour in range(colours)
+    ]
     # Pixels of one colour move the channels of that colour alone.
     blocks = tf.reshape(tf.stack(moves, axis=1), [pixels, colours, 1, -1])
     blocks *= tf.eye(colours)[None, :, :, None]

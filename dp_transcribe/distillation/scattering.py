@@ -94,67 +94,30 @@ class Scattering:
         channels = self.channels * shape[3]
         return tf.reshape(out, [shape[0], channels, *self.output_size])
 
-    def tangents(self, image: tf.Tensor, directions: tf.Tensor) -> tf.Tensor:
-        """How the transform of one image moves along many directions.
-
-        The image itself is transformed once, whatever the number of directions.
-
-        Args:
-            image: float32 `[height, width]`, one colour.
-            directions: float32 `[n, height, width]`.
-
-        Returns:
-            float32 `[n, channels, output height, output width]`.
-        """
-        return _compiled_tangents(self, image, directions)
-
-    def _tangents(self, image: tf.Tensor, directions: tf.Tensor) -> tf.Tensor:
-        """`_transform`, differentiated by hand; the envelope is all but linear."""
-        bank = filter_bank(self)
-        signal, moves = (
-            tf.pad(planes, [[0, 0], *self._margins()], "REFLECT")[:, None]
-            for planes in (image[None], directions)
-        )
-        order_zero = [bank.smooth(moves, 0)]
-        order_one, order_two = [], []
-        spectrum, moved = _spectrum(signal), _spectrum(moves)
-        for first in range(self.scale):
-            wave = bank.filtered(spectrum, 0, first)
-            change = _turned(wave, bank.filtered(moved, 0, first))
-            order_one.append(bank.smooth(change, first))
-            if first == self.scale - 1:
-                continue
-            inner = _spectrum(_modulus(wave))[:, :, None]
-            inner_moved = _spectrum(change)[:, :, None]
-            order_two.append(
-                [
-                    bank.smooth(
-                        _turned(
-                            bank.filtered(inner, first, second),
-                            bank.filtered(inner_moved, first, second),
-                        ),
-                        second,
-                    )
-                    for second in range(first + 1, self.scale)
-                ]
-            )
-        orders = [*order_zero, *order_one, *self._second_order(order_two)]
-        return tf.concat(orders, axis=1)
+    def padded(self, planes: tf.Tensor) -> tf.Tensor:
+        """Planes `[n, height, width]` with the reflected margins of the transform."""
+        rows, columns = self._padded
+        height, width = rows - self.height, columns - self.width
+        margins = [
+            [height // 2, (height + 1) // 2],
+            [width // 2, (width + 1) // 2],
+        ]
+        return tf.pad(planes, [[0, 0], *margins], "REFLECT")
 
     def _transform(self, planes: tf.Tensor) -> tf.Tensor:
         """`[n, height, width]` to `[n, channels, output height, output width]`."""
         bank = filter_bank(self)
-        signal = tf.pad(planes, [[0, 0], *self._margins()], "REFLECT")
+        signal = self.padded(planes)
         order_zero = [bank.smooth(signal[:, None], 0)]
         order_one, order_two = [], []
-        spectrum = _spectrum(signal[:, None])
+        spectrum = spectrum_of(signal[:, None])
         for first in range(self.scale):
             envelope = bank.envelope(spectrum, 0, first)
             order_one.append(bank.smooth(envelope, first))
             if first == self.scale - 1:
                 continue
             # One axis more: every orientation again under every orientation.
-            inner = _spectrum(envelope)[:, :, None]
+            inner = spectrum_of(envelope)[:, :, None]
             order_two.append(
                 [
                     bank.smooth(bank.envelope(inner, first, second), second)
@@ -172,14 +135,6 @@ class Scattering:
             for x in ordered
         ]
 
-    def _margins(self) -> list[list[int]]:
-        rows, columns = self._padded
-        height, width = rows - self.height, columns - self.width
-        return [
-            [height // 2, (height + 1) // 2],
-            [width // 2, (width + 1) // 2],
-        ]
-
 
 # Not for speed alone: outside XLA, oneDNN's small batched products of TensorFlow 2.21
 # write out of bounds for some sizes (seen with J = 1 at 28x28) and end the process.
@@ -187,14 +142,6 @@ class Scattering:
 def _compiled(transform: Scattering, planes: tf.Tensor) -> tf.Tensor:
     """`Scattering._transform`, compiled per transform and shape."""
     return transform._transform(planes)
-
-
-@tf.function(jit_compile=True)
-def _compiled_tangents(
-    transform: Scattering, image: tf.Tensor, directions: tf.Tensor
-) -> tf.Tensor:
-    """`Scattering._tangents`, compiled per transform and number of directions."""
-    return transform._tangents(image, directions)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -224,7 +171,7 @@ class FilterBank:
             float32 `[..., orientations, rows, columns]`, smaller by
             `2**(scale - source)`.
         """
-        return _modulus(self.filtered(spectrum, source, scale))
+        return modulus(self.filtered(spectrum, source, scale))
 
     def filtered(self, spectrum: tf.Tensor, source: int, scale: int) -> tf.Tensor:
         """The wavelet transform itself, complex64; arguments as in `envelope`."""
@@ -333,7 +280,8 @@ def _average(size: int, scale: int, resolution: int) -> np.ndarray:
     return ((factor[frequencies] * waves).sum(-1) / left).astype(np.complex64)
 
 
-def _spectrum(signal: tf.Tensor) -> tf.Tensor:
+def spectrum_of(signal: tf.Tensor) -> tf.Tensor:
+    """Fourier transform of real planes `[..., rows, columns]`, complex64."""
     return tf.signal.fft2d(tf.complex(signal, tf.zeros_like(signal)))
 
 
@@ -347,14 +295,7 @@ def _fold(spectrum: tf.Tensor, factor: int) -> tf.Tensor:
     return tf.reduce_mean(tf.reshape(spectrum, split), axis=(-4, -2))
 
 
-def _turned(wave: tf.Tensor, change: tf.Tensor) -> tf.Tensor:
-    """Change of the modulus of `wave`, zero where the modulus is."""
-    modulus = _modulus(wave)
-    along = tf.math.real(tf.math.conj(wave) * change)
-    return tf.math.divide_no_nan(along, modulus)
-
-
-def _modulus(values: tf.Tensor) -> tf.Tensor:
+def modulus(values: tf.Tensor) -> tf.Tensor:
     """Absolute value whose gradient at zero is zero and not NaN."""
     squared = tf.math.real(values) ** 2 + tf.math.imag(values) ** 2
     safe = tf.where(squared > 0, squared, 1.0)
