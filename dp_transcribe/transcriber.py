@@ -31,6 +31,7 @@ from dp_transcribe.mechanisms.clipping.validate import (
 )
 from dp_transcribe.mechanisms.inherited import Inherited
 from dp_transcribe.mechanisms.noise import NoiseSource, secret_bytes
+from dp_transcribe.precision import require_float32
 from dp_transcribe.privacy.inheritance import inherit
 from dp_transcribe.privacy.ledger import Ledger
 from dp_transcribe.privacy.statement import PrivacyStatement, statement_from_ledger
@@ -523,6 +524,7 @@ class DPTranscriber(keras.Model):
             raise _validate.invalid(
                 ", ".join(sorted(data)), "data or weights", expected
             )
+        require_float32()
         compatibility.check_learns(self.student)
         compatibility.check_validation_data(validation_data, self.teacher)
         if isinstance(self.teacher, Teacher) and not self.run_eagerly:

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from dp_transcribe import _validate
 from dp_transcribe.mechanisms.noise import SAMPLING, NoiseSource
+from dp_transcribe.precision import require_float32
 from dp_transcribe.privacy.ledger import Ledger, Spend
 from dp_transcribe.privacy.statement import PrivacyStatement, statement_from_ledger
 from dp_transcribe.privacy.units import Relation, Unit
@@ -51,6 +52,7 @@ class RecordSums:
         seed: int | None = None,
         ledger: Ledger | None = None,
     ) -> None:
+        require_float32()
         self.l2_norm = _validate.positive_finite("l2_norm", l2_norm)
         self.noise_multiplier = _validate.non_negative(
             "noise_multiplier", noise_multiplier
