@@ -33,7 +33,7 @@ def einsum_dense(
         return [(layer.kernel, kernel), *bias(layer, delta)]
 
     recording.tap([output], backward, [layer.kernel, layer.bias])
-    return activated(layer, output)
+    return activated(layer, recording, output)
 
 
 def axis_labels(equation: str, rank: int) -> tuple[str, str, str]:

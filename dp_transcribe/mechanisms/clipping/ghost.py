@@ -42,7 +42,8 @@ def clipped_gradient_sum(
     """Bounds and sums per-example gradients in one pass.
 
     Falls back to the vectorized path, with one warning for each model, where a
-    layer has no rule.
+    layer has no rule, and where weights are read outside of their layer, such as by a
+    `Lambda` that ties them or by the loss.
 
     Args:
         model: a Functional or Sequential model.
@@ -56,9 +57,9 @@ def clipped_gradient_sum(
     **Privacy**: each example contributes at most `bound.l2_norm` in L2 norm over all
     variables together. Computed from protected targets: nothing here is noisy yet.
     """
-    unknown = plan.unsupported_layer(model)
-    if unknown is not None:
-        _warn_once(model, unknown)
+
+    def fall_back(why: str) -> ClippedSum:
+        _warn_once(model, why)
         return vectorized.clipped_gradient_sum(
             model,
             inputs,
@@ -68,10 +69,21 @@ def clipped_gradient_sum(
             mask=mask,
             training=training,
         )
+
+    unknown = plan.unsupported_layer(model)
+    if unknown is not None:
+        kind = type(unknown).__name__
+        return fall_back(f"has no rule for layer '{unknown.name}' ({kind})")
     copy = plan.recording_copy(model)
     with Recording(model.trainable_variables) as recording:
         outputs = copy(tf.nest.flatten(inputs), training=training)
         losses = per_example.to_float32(loss_fn(targets, outputs))
+    read = recording.read_outside()
+    if read is not None:
+        return fall_back(
+            f"follows weights through their own layer alone; '{read.path}' is also "
+            "read elsewhere, by another layer, an activation or the loss"
+        )
     gradients = _by_variable(model, recording.gradients(losses))
     squared_norms = _squared_norms(gradients, losses)
     factors = bound.factors(squared_norms, mask)
@@ -132,14 +144,13 @@ def _weighted_sums(
     ]
 
 
-def _warn_once(model: keras.Model, layer: keras.layers.Layer) -> None:
-    """Names the layer that one-pass clipping cannot take."""
+def _warn_once(model: keras.Model, why: str) -> None:
+    """Names what one-pass clipping cannot take."""
     if model not in _warned:
         _warned.add(model)
         logger.warning(
-            "One-pass clipping has no rule for layer '%s' (%s): model '%s' falls back "
-            "to the vectorized path, which is slower and takes more memory.",
-            layer.name,
-            type(layer).__name__,
+            "One-pass clipping %s: model '%s' falls back to the vectorized path, which "
+            "is slower and takes more memory.",
+            why,
             model.name,
         )

@@ -7,8 +7,9 @@ which taps the pre-activation; outside of one it calls the layer as it is.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -31,8 +32,12 @@ class Recording:
     """
 
     def __init__(self, variables: Iterable[keras.Variable]) -> None:
-        self._wanted = {id(v) for v in variables}
+        self._variables = list(variables)
+        self._wanted = {id(v) for v in self._variables}
         self._tape = tf.GradientTape(watch_accessed_variables=False)
+        # Never asked for a gradient, so it adds nothing to the graph.
+        self._reads = tf.GradientTape()
+        self._read: list[tf.Variable] = []
         self._taps: list[tuple[list[tf.Tensor], Backward]] = []
 
     def wants(self, variable: keras.Variable | None) -> bool:
@@ -56,6 +61,22 @@ class Recording:
             self._tape.watch(tensors)
             self._taps.append((list(tensors), backward))
 
+    def by_rule(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which a rule reads its layer's variables and taps them."""
+        return self._reads.stop_recording()
+
+    @contextlib.contextmanager
+    def within_a_rule(self) -> Iterator[None]:
+        """A context for what a rule calls without knowing what that reads."""
+        with tf.GradientTape() as reads:
+            yield
+        self._read += reads.watched_variables()
+
+    def read_outside(self) -> keras.Variable | None:
+        """The first wanted variable that was read where no rule taps it, if any."""
+        read = {id(v) for v in (*self._read, *self._reads.watched_variables())}
+        return next((v for v in self._variables if read & _ids(v)), None)
+
     def gradients(
         self, losses: tf.Tensor
     ) -> list[tuple[keras.Variable, PerExampleGradient]]:
@@ -77,10 +98,12 @@ class Recording:
         self._outer = getattr(_active, "recording", None)
         _active.recording = self
         self._tape.__enter__()
+        self._reads.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         """Stops recording."""
+        self._reads.__exit__(*exception)
         self._tape.__exit__(*exception)
         _active.recording = self._outer
 
@@ -112,7 +135,8 @@ class Recorder(keras.layers.Layer):
         recording = getattr(_active, "recording", None)
         if recording is None:
             return self.layer(*args, **kwargs)
-        return self.rule(self.layer, recording, *args, training=training, **kwargs)
+        with recording.by_rule():
+            return self.rule(self.layer, recording, *args, training=training, **kwargs)
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
         """Returns the layer's mask."""
@@ -142,3 +166,9 @@ class AttentionRecorder(Recorder):
             training=training,
             use_causal_mask=use_causal_mask,
         )
+
+
+def _ids(variable: keras.Variable) -> set[int]:
+    """Ids of the variable that TensorFlow reads, and of its copies on replicas."""
+    value = variable.value
+    return {id(v) for v in (value, *getattr(value, "values", ()))}

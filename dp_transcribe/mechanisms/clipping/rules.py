@@ -37,7 +37,7 @@ def dense(
         return [(layer.kernel, kernel), *bias(layer, delta)]
 
     recording.tap([output], backward, [layer.kernel, layer.bias])
-    return activated(layer, output)
+    return activated(layer, recording, output)
 
 
 def conv(
@@ -62,7 +62,7 @@ def conv(
         return [(layer.kernel, kernel), *bias(layer, delta)]
 
     recording.tap([output], backward, [layer.kernel, layer.bias])
-    return activated(layer, output)
+    return activated(layer, recording, output)
 
 
 def conv_transpose(
@@ -87,7 +87,7 @@ def conv_transpose(
         return [(layer.kernel, kernel), *bias(layer, delta)]
 
     recording.tap([output], backward, [layer.kernel, layer.bias])
-    return activated(layer, output)
+    return activated(layer, recording, output)
 
 
 def depthwise_conv(
@@ -103,7 +103,7 @@ def depthwise_conv(
         ]
 
     recording.tap([output], backward, [layer.kernel, layer.bias])
-    return activated(layer, output)
+    return activated(layer, recording, output)
 
 
 def separable_conv(
@@ -128,7 +128,7 @@ def separable_conv(
         return [(layer.pointwise_kernel, kernel), *bias(layer, delta)]
 
     recording.tap([output], backward, [layer.pointwise_kernel, layer.bias])
-    return activated(layer, output)
+    return activated(layer, recording, output)
 
 
 def embedding(
@@ -222,9 +222,14 @@ def channels_last(layer: keras.layers.Layer, tensor: tf.Tensor) -> tf.Tensor:
     return tf.transpose(tensor, [0, *range(2, tensor.shape.rank), 1])
 
 
-def activated(layer: keras.layers.Layer, output: tf.Tensor) -> tf.Tensor:
+def activated(
+    layer: keras.layers.Layer, recording: Recording, output: tf.Tensor
+) -> tf.Tensor:
     """Applies the layer's activation."""
-    return output if layer.activation is None else layer.activation(output)
+    if layer.activation is None:
+        return output
+    with recording.within_a_rule():
+        return layer.activation(output)
 
 
 def _depthwise(layer: keras.layers.Layer, inputs: tf.Tensor, kernel: Any) -> tf.Tensor:
