@@ -11,8 +11,9 @@ import tensorflow as tf
 
 from dp_transcribe.mechanisms.clipping.recording import AttentionRecorder, Recorder
 from dp_transcribe.mechanisms.clipping.registry import has_rule, rule_of
+from dp_transcribe.mechanisms.clipping.structure import Structure
 
-_copies: weakref.WeakKeyDictionary[keras.Model, keras.Model] = (
+_copies: weakref.WeakKeyDictionary[keras.Model, tuple[Structure, keras.Model]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -29,16 +30,17 @@ def unsupported_layer(model: keras.Model) -> keras.layers.Layer | None:
 def recording_copy(model: keras.Model) -> keras.Model:
     """Returns a model that shares `model`'s layers and can be recorded.
 
-    Built once for each model. Layers without a rule are used as they are; the others
-    are wrapped, and so read the current values of the variables.
+    Built once for each model, and again when its layers are others. Layers without a
+    rule are used as they are; the others are wrapped, and so read the current values of
+    the variables.
     """
-    if model not in _copies:
+    structure, copy = _copies.get(model, (None, None))
+    if structure is None or not structure.is_of(model):
         with tf.init_scope():
             view = keras.Model(model.inputs, model.outputs)
-            _copies[model] = keras.models.clone_model(
-                view, clone_function=wrap, recursive=True
-            )
-    return _copies[model]
+            copy = keras.models.clone_model(view, clone_function=wrap, recursive=True)
+        _copies[model] = Structure(model), copy
+    return copy
 
 
 def wrap(layer: keras.layers.Layer) -> keras.layers.Layer:

@@ -11,6 +11,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from dp_transcribe.mechanisms.clipping.structure import Structure
+
 _LOGGER = logging.getLogger(__name__)
 _ROWS = 4
 _SIDE = 32  # of inputs whose size is left open
@@ -20,15 +22,17 @@ _OUTPUT_SHARE, _GRADIENT_SHARE = 1e-4, 1e-6
 # Other sizes of the batch take other paths through the kernels.
 _PLACE_SHARE, _PLACE_SHARE_OF_BFLOAT16 = 1e-2, 1e-1
 
-_TREATS_ROWS_ALONE: weakref.WeakSet[keras.Model] = weakref.WeakSet()
+_TREATS_ROWS_ALONE: weakref.WeakKeyDictionary[keras.Model, Structure] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def mixing(model: keras.Model) -> str | None:
     """How a model in training lets rows meet, or None if it was not seen to.
 
-    Tried once for each model, outside of the graph where it is asked for in one; not
-    at all where the replicas of a strategy run, which ask one by one. The model's
-    variables are neither changed nor drawn from.
+    Tried once for each model and again when its layers are others, outside of the graph
+    where it is asked for in one; not at all where the replicas of a strategy run, which
+    ask one by one. The model's variables are neither changed nor drawn from.
 
     Args:
         model: a built model.
@@ -39,14 +43,15 @@ def mixing(model: keras.Model) -> str | None:
     in_replica = (
         tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context()
     )
-    if model in _TREATS_ROWS_ALONE or in_replica:
+    known = _TREATS_ROWS_ALONE.get(model)
+    if in_replica or (known is not None and known.is_of(model)):
         return None
     with tf.init_scope():
         if not tf.executing_eagerly():
             return None
         found = _guarded(model, _mixing)
     if found is None:
-        _TREATS_ROWS_ALONE.add(model)
+        _TREATS_ROWS_ALONE[model] = Structure(model)
     return found
 
 

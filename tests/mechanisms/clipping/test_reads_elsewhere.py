@@ -137,3 +137,26 @@ def test_no_layer_of_keras_is_taken_for_reading_elsewhere(name, caplog):
     with caplog.at_level(logging.WARNING, "dp_transcribe"):
         clipped_gradient_sum(model, inputs, model(inputs), squared_error, l2_norm=0.3)
     assert not warnings_of(caplog)
+
+
+def shortened(model):
+    model.pop()
+    model.add(L.Dense(3, activation="tanh"))
+
+
+def shortened_inside(model):
+    model.layers[0].pop()
+    model.layers[0].add(L.Dense(4, activation="tanh"))
+
+
+@pytest.mark.parametrize("change", [shortened, shortened_inside])
+def test_a_model_that_is_made_anew_is_recorded_anew(change):
+    inner = sequence((5,), L.Dense(4), L.Dense(4))
+    model = sequence((5,), inner, L.Dense(3))
+    inputs, targets = make_data(model)
+    clipped_gradient_sum(model, inputs, targets, squared_error, l2_norm=0.3)
+    change(model)
+    expected, _ = one_by_one(model, inputs, targets, l2_norm=0.3)
+    result = clipped_gradient_sum(model, inputs, targets, squared_error, l2_norm=0.3)
+    assert distance(result.gradients, expected) < 1e-5
+    np.testing.assert_allclose(result.outputs, model(inputs), rtol=1e-5)

@@ -1,6 +1,8 @@
 """What is refused, and what falls back."""
 
+import gc
 import logging
+import weakref
 
 import keras
 import numpy as np
@@ -312,6 +314,26 @@ def test_a_student_is_tried_once(monkeypatch):
     check_student(model)
     monkeypatch.setattr(type(model), "__call__", lambda *_, **__: pytest.fail())
     check_student(model)
+
+
+def test_a_student_that_is_made_anew_is_tried_anew():
+    model = sequence((6,), L.Dense(4), L.Dense(3))
+    check_student(model)
+    model.pop()
+    model.add(L.Lambda(lambda t: t - keras.ops.mean(t, axis=0)))
+    with pytest.raises(RowMixingError):
+        check_student(model)
+
+
+def test_what_is_known_of_a_student_does_not_keep_it():
+    model = sequence((6,), sequence((6,), L.Dense(4)), L.Dense(3))
+    inputs, targets = make_data(model)
+    clipped_gradient_sum(model, inputs, targets, squared_error, l2_norm=1.0)
+    gone = weakref.ref(model)
+    del model
+    keras.backend.clear_session()
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_student_that_takes_no_random_rows_is_warned_of(caplog):
