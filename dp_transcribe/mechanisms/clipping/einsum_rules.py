@@ -30,7 +30,7 @@ def einsum_dense(
         labels = axis_labels(layer.equation, inputs.shape.rank)
         shape = tuple(layer.kernel.shape)
         kernel = einsum_gradient(labels, inputs, delta, shape)
-        return [(layer.kernel, kernel), *bias(layer, delta)]
+        return [(layer.kernel, kernel), *bias(layer, output, delta)]
 
     recording.tap([output], backward, [layer.kernel, layer.bias])
     return activated(layer, recording, output)

@@ -6,9 +6,11 @@ the weights, whose output is tapped, and the rest.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from dp_transcribe.mechanisms.clipping import convolution
@@ -20,6 +22,7 @@ from dp_transcribe.mechanisms.clipping.per_example import (
     to_float32,
 )
 from dp_transcribe.mechanisms.clipping.recording import Recording
+from dp_transcribe.mechanisms.clipping.validate import UnsupportedStudentError
 
 Pairs = list[tuple[keras.Variable, PerExampleGradient]]
 
@@ -34,7 +37,7 @@ def dense(
 
     def backward(delta: tf.Tensor) -> Pairs:
         kernel = outer(positions(inputs), positions(delta), tuple(layer.kernel.shape))
-        return [(layer.kernel, kernel), *bias(layer, delta)]
+        return [(layer.kernel, kernel), *bias(layer, output, delta)]
 
     recording.tap([output], backward, [layer.kernel, layer.bias])
     return activated(layer, recording, output)
@@ -44,7 +47,8 @@ def conv(
     layer: keras.layers.Layer, recording: Recording, inputs: tf.Tensor, **_: Any
 ) -> tf.Tensor:
     """Conv1D and Conv2D with stride, padding, dilation and groups."""
-    inputs, padding = causally_padded(layer, inputs)
+    given = inputs
+    inputs, padding = causally_padded(layer, given)
     spec = convolution.Spec.of(layer, layer.kernel, padding)
     output = keras.ops.conv(
         inputs,
@@ -54,12 +58,12 @@ def conv(
         data_format=layer.data_format,
         dilation_rate=layer.dilation_rate,
     )
-    output = with_bias(layer, output)
+    output = with_bias(layer, given, output)
 
     def backward(delta: tf.Tensor) -> Pairs:
-        delta = channels_last(layer, delta)
-        kernel = convolution.gradient(spec, channels_last(layer, inputs), delta)
-        return [(layer.kernel, kernel), *bias(layer, delta)]
+        last = channels_last(layer, delta)
+        kernel = convolution.gradient(spec, channels_last(layer, inputs), last)
+        return [(layer.kernel, kernel), *bias(layer, output, delta)]
 
     recording.tap([output], backward, [layer.kernel, layer.bias])
     return activated(layer, recording, output)
@@ -79,12 +83,12 @@ def conv_transpose(
         data_format=layer.data_format,
         dilation_rate=layer.dilation_rate,
     )
-    output = with_bias(layer, output)
+    output = with_bias(layer, inputs, output)
 
     def backward(delta: tf.Tensor) -> Pairs:
-        delta = channels_last(layer, delta)
-        kernel = convolution.gradient(spec, delta, channels_last(layer, inputs))
-        return [(layer.kernel, kernel), *bias(layer, delta)]
+        last = channels_last(layer, delta)
+        kernel = convolution.gradient(spec, last, channels_last(layer, inputs))
+        return [(layer.kernel, kernel), *bias(layer, output, delta)]
 
     recording.tap([output], backward, [layer.kernel, layer.bias])
     return activated(layer, recording, output)
@@ -94,12 +98,12 @@ def depthwise_conv(
     layer: keras.layers.Layer, recording: Recording, inputs: tf.Tensor, **_: Any
 ) -> tf.Tensor:
     """DepthwiseConv1D and DepthwiseConv2D."""
-    output = with_bias(layer, _depthwise(layer, inputs, layer.kernel))
+    output = with_bias(layer, inputs, _depthwise(layer, inputs, layer.kernel))
 
     def backward(delta: tf.Tensor) -> Pairs:
         return [
             _depthwise_pair(layer, layer.kernel, inputs, delta),
-            *bias(layer, channels_last(layer, delta)),
+            *bias(layer, output, delta),
         ]
 
     recording.tap([output], backward, [layer.kernel, layer.bias])
@@ -119,13 +123,13 @@ def separable_conv(
     output = keras.ops.conv(
         middle, layer.pointwise_kernel, data_format=layer.data_format
     )
-    output = with_bias(layer, output)
+    output = with_bias(layer, inputs, output)
 
     def backward(delta: tf.Tensor) -> Pairs:
-        delta, point = channels_last(layer, delta), channels_last(layer, middle)
+        last, point = channels_last(layer, delta), channels_last(layer, middle)
         shape = tuple(layer.pointwise_kernel.shape)
-        kernel = outer(positions(point), positions(delta), shape)
-        return [(layer.pointwise_kernel, kernel), *bias(layer, delta)]
+        kernel = outer(positions(point), positions(last), shape)
+        return [(layer.pointwise_kernel, kernel), *bias(layer, output, delta)]
 
     recording.tap([output], backward, [layer.pointwise_kernel, layer.bias])
     return activated(layer, recording, output)
@@ -186,11 +190,44 @@ def summed(values: tf.Tensor, shape: tuple[int, ...]) -> Explicit:
     return Explicit(tf.reshape(to_float32(values), [-1, size]), shape)
 
 
-def bias(layer: keras.layers.Layer, delta: tf.Tensor) -> Pairs:
-    """The bias's gradients from channels-last `delta`, for a layer that has one."""
+def bias(layer: keras.layers.Layer, output: tf.Tensor, delta: tf.Tensor) -> Pairs:
+    """The bias's gradients from `delta` at the output, for a layer that has one."""
     if layer.bias is None:
         return []
-    return [(layer.bias, summed(delta, tuple(layer.bias.shape)))]
+    shape = tuple(layer.bias.shape)
+    channels_first = getattr(layer, "data_format", None) == "channels_first"
+    spread = (*shape, *(1,) * layer.rank) if channels_first else shape
+    gradient = summed(delta, added_along(spread, output.shape))
+    return [(layer.bias, dataclasses.replace(gradient, shape=shape))]
+
+
+def added_along(shape: tuple[int, ...], output: tf.TensorShape) -> tuple[int, ...]:
+    """The shape that `keras.ops.add` gives a bias when it adds it to `output`.
+
+    Not always its own: Keras takes one that is long along a single axis for a bias of
+    the channels, and finds the axis of the channels by its size alone.
+
+    Args:
+        shape: the bias's, broadcast from the last axes.
+        output: `[batch, ...]`.
+    """
+    own = [axis - len(shape) for axis, size in enumerate(shape) if size != 1]
+    if len(own) != 1 or own == [-1]:
+        return shape
+    size, kept = shape[own[0]], (1 - output.rank, own[0], -1)
+    sizes = [1] * (output.rank - 1)
+    for axis in kept:
+        sizes[axis] = size + 1 if output[axis] is None else output[axis]
+    # Tried out, on other numbers at each place of the bias.
+    with tf.init_scope():
+        values = tf.reshape(tf.range(float(size)), shape)
+        added = keras.ops.convert_to_numpy(
+            keras.ops.add(tf.zeros([1, *sizes]), values)
+        )[0]
+    return tuple(
+        length if length > 1 and np.ptp(added, axis=axis).any() else 1
+        for axis, length in enumerate(sizes)
+    )
 
 
 def causally_padded(
@@ -205,12 +242,29 @@ def causally_padded(
     return tf.pad(inputs, paddings), "valid"
 
 
-def with_bias(layer: keras.layers.Layer, output: tf.Tensor) -> tf.Tensor:
-    """Adds a convolution's bias, for a layer that has one."""
+def with_bias(
+    layer: keras.layers.Layer, inputs: tf.Tensor, output: tf.Tensor
+) -> tf.Tensor:
+    """Adds a convolution's bias, for a layer that has one.
+
+    Raises:
+        UnsupportedStudentError: Keras may add it along another axis.
+    """
     if layer.bias is None:
         return output
     if layer.data_format == "channels_last":
         return keras.ops.add(output, layer.bias)
+    channels, side = layer.bias.shape[0], layer.compute_output_shape(inputs.shape)[-1]
+    if channels == side > 1:
+        # Keras finds the channels by their number, if the shape is known by then: the
+        # same layer does one thing in a graph and another outside of it.
+        raise UnsupportedStudentError(
+            "Invalid value for argument `model`. Expected channels-first convolutions "
+            "with another number of channels than the last side of their outputs, or "
+            f"without bias. Received: layer '{layer.name}' with {channels} of both. "
+            "Keras does not always add such a bias along the channels: use "
+            '`data_format="channels_last"` or `use_bias=False`.'
+        )
     shape = (1, -1) + (1,) * layer.rank
     return keras.ops.add(output, keras.ops.reshape(layer.bias, shape))
 

@@ -155,6 +155,13 @@ OTHER_LAYERS = {
     "einsum by position": lambda: sequence(
         (4, 5), L.EinsumDense("abc,bcd->acd", (5, 2), bias_axes="cd")
     ),
+    "einsum of one size": lambda: sequence(
+        (4, 4),
+        L.EinsumDense("abc,cd->abd", (4, 4), bias_axes="b"),
+        L.EinsumDense("abc,cd->adb", (4, 4), bias_axes="d"),
+        L.Reshape((4, 4, 1)),
+        L.EinsumDense("abcd,de->abce", (4, 4, 3), bias_axes="c"),
+    ),
     "attention": attention,
     "causal attention": lambda: attention(
         {"use_causal_mask": True}, value_dim=4, use_bias=False, output_shape=5

@@ -16,6 +16,7 @@ from dp_transcribe.mechanisms.clipping import (
     PlaceError,
     RegularizationError,
     RowMixingError,
+    UnsupportedStudentError,
     check_sampled,
     check_student,
     clipped_gradient_sum,
@@ -409,3 +410,36 @@ def test_factors_bound_every_norm():
     for bound in (Bound(l2_norm=0.7), Bound(l2_norm=0.7, normalize=True)):
         bounded = tf.math.multiply_no_nan(norms, bound.factors(squared))
         assert float(tf.reduce_max(bounded)) <= 0.7 * (1 + 1e-6)
+
+
+def first(layer, shape, *arguments, **more):
+    return sequence(shape, layer(*arguments, data_format="channels_first", **more))
+
+
+CHANNELS_FIRST = {
+    "conv": lambda **more: first(L.Conv2D, (3, 5, 5), 4, 2, **more),
+    "conv 1-D": lambda **more: first(L.Conv1D, (3, 6), 4, 3, **more),
+    "depthwise": lambda **more: first(L.DepthwiseConv2D, (4, 4, 5), 2, **more),
+    "depthwise 1-D": lambda **more: first(L.DepthwiseConv1D, (4, 5), 2, **more),
+    "separable": lambda **more: first(L.SeparableConv2D, (3, 5, 5), 4, 2, **more),
+    "separable 1-D": lambda **more: first(L.SeparableConv1D, (3, 5), 4, 2, **more),
+    "transposed": lambda **more: first(L.Conv2DTranspose, (3, 3, 3), 4, 2, **more),
+    "transposed 1-D": lambda **more: first(L.Conv1DTranspose, (3, 3), 4, 2, **more),
+}
+
+
+@pytest.mark.parametrize("name", CHANNELS_FIRST)
+def test_a_bias_that_keras_may_add_along_another_axis_is_refused(name):
+    model = CHANNELS_FIRST[name]()
+    inputs, targets = make_data(model)
+    with pytest.raises(UnsupportedStudentError, match="4 of both.*use_bias=False"):
+        clipped_gradient_sum(model, inputs, targets, squared_error, l2_norm=0.3)
+
+
+@pytest.mark.parametrize("name", CHANNELS_FIRST)
+def test_channels_first_of_one_size_without_bias(name):
+    model = CHANNELS_FIRST[name](use_bias=False)
+    inputs, targets = make_data(model)
+    expected, _ = one_by_one(model, inputs, targets, l2_norm=0.3)
+    result = clipped_gradient_sum(model, inputs, targets, squared_error, l2_norm=0.3)
+    assert distance(result.gradients, expected) < 1e-5
