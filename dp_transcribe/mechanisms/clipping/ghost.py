@@ -76,7 +76,7 @@ def clipped_gradient_sum(
         return fall_back(f"has no rule for layer '{unknown.name}' ({kind})")
     copy = plan.recording_copy(model)
     with Recording(model.trainable_variables) as recording:
-        outputs = copy(tf.nest.flatten(inputs), training=training)
+        outputs = copy(inputs, training=training)
         losses = per_example.to_float32(loss_fn(targets, outputs))
     read = recording.read_outside()
     if read is not None:

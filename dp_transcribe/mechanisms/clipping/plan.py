@@ -37,7 +37,12 @@ def recording_copy(model: keras.Model) -> keras.Model:
     structure, copy = _copies.get(model, (None, None))
     if structure is None or not structure.is_of(model):
         with tf.init_scope():
-            view = keras.Model(model.inputs, model.outputs)
+            # Structures are the model's own: what is given goes by them, as in Keras.
+            whole = isinstance(model, keras.Sequential)
+            view = keras.Model(
+                model.inputs[0] if whole else model.input,
+                model.outputs[0] if whole else model.output,
+            )
             copy = keras.models.clone_model(view, clone_function=wrap, recursive=True)
         _copies[model] = Structure(model), copy
     return copy
