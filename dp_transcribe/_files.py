@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,12 @@ def replacing(path: Path, *, secret: bool = False) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def discard(folder: Path, names: Iterable[str]) -> None:
+    """Removes files of a folder, as far as they are there."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
 
 
 def digest_of(values: np.ndarray | bytes) -> str:

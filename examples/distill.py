@@ -12,7 +12,6 @@ settings are to be chosen that way.
 
 import dataclasses
 import functools
-import json
 import logging
 import os
 import time
@@ -28,7 +27,7 @@ from absl import app, flags
 
 import dp_transcribe as dpt
 from dp_transcribe import _validate, reporting
-from dp_transcribe._files import digest_of, replacing
+from dp_transcribe._files import digest_of, discard, replacing
 from dp_transcribe.data import DATASETS, PRIOR_DOMAINS, ImageDataset, load_dataset
 from dp_transcribe.distillation import (
     DPKIP,
@@ -57,6 +56,7 @@ from dp_transcribe.students import conv_student
 _LOGGER = logging.getLogger(__name__)
 ROUTES = ("linear", "means", "dpkip")
 KERNELS = ("scattering", "ntk", "rbf")
+REPORT, PICTURE = "report.json", "images.png"
 HELD_OUT = 10_000
 # A taught ConvNet asks so many batches of queries in an epoch.
 TAUGHT_STEPS = 10
@@ -325,8 +325,10 @@ def run() -> dict[str, Any]:
     kernel = make_kernel(dataset)
     distilled = BY_ROUTE[FLAGS.route](dataset, kernel, FLAGS.cache_dir, watch)
     watch.lap("distillation")
+    # An older run's would stand beside the new images if this one were interrupted.
+    discard(folder, (REPORT, PICTURE))
     distilled.save(folder)
-    distilled.save_grid(folder / "images.png")
+    distilled.save_grid(folder / PICTURE)
     accuracy = measure(distilled, dataset, kernel, watch)
     return write_report(folder, distilled, accuracy, watch.seconds)
 
@@ -371,8 +373,7 @@ def write_report(
         "seconds": seconds,
         "note": NOTE,
     }
-    text = json.dumps(report, indent=2, allow_nan=False)
-    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+    reporting.write_json(folder / REPORT, report)
     return report
 
 

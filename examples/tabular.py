@@ -9,7 +9,6 @@ statement.txt. The guarantee is for people: unit RECORD.
 """
 
 import functools
-import json
 import logging
 import os
 from pathlib import Path
@@ -28,7 +27,8 @@ from sklearn.naive_bayes import GaussianNB
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.neural_network import MLPClassifier
 
-from dp_transcribe import _validate
+from dp_transcribe import _validate, reporting
+from dp_transcribe._files import discard
 from dp_transcribe.distillation import (
     DPKIP,
     DistilledDataset,
@@ -55,6 +55,7 @@ HIGHEST = {
     "fractal dimension": 0.3,
 }
 CLASSES = 2
+REPORT, PICTURE = "report.json", "aucs.png"
 
 FLAGS = flags.FLAGS
 
@@ -130,6 +131,8 @@ def run() -> dict[str, Any]:
         (rows[for_test], labels[for_test]),
     )
     distilled = distil_rows(*train)
+    # An older run's would stand beside the new rows if this one were interrupted.
+    discard(folder, (REPORT, PICTURE))
     distilled.save(folder)
     report = {
         "dataset": "breast_cancer",
@@ -138,9 +141,8 @@ def run() -> dict[str, Any]:
         "distilled": measure((distilled.images, distilled.labels), test),
         "statement": distilled.statement.to_dict(),
     }
-    text = json.dumps(report, indent=2, allow_nan=False)
-    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
-    plot(report, folder / "aucs.png")
+    reporting.write_json(folder / REPORT, report)
+    plot(report, folder / PICTURE)
     return report
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from dp_transcribe import _validate
-from dp_transcribe._files import digest_of, replacing
+from dp_transcribe._files import digest_of, discard, replacing
 from dp_transcribe.privacy.statement import (
     PrivacyStatement,
     split_digest,
@@ -76,8 +76,7 @@ class DistilledDataset:
         """
         path = _validate.writable_dir("folder", folder)
         # In this order a crash leaves images without a statement, never another's.
-        for name in (_STATEMENT, _TEXT):
-            (path / name).unlink(missing_ok=True)
+        discard(path, (_STATEMENT, _TEXT))
         with replacing(path / _ARRAYS) as partial:
             np.savez_compressed(
                 partial,

@@ -98,6 +98,37 @@ def test_report_and_files(run, tmp_path):
     assert len(DistilledDataset.load(tmp_path / "out")) == 4
 
 
+@pytest.mark.parametrize(
+    ("module", "arguments", "files"),
+    [
+        (example, (*DPKIP, "--images_per_class=2"), IMAGE_FILES),
+        (table, ("--steps=2", "--delta=1e-4"), TABLE_FILES),
+    ],
+)
+def test_an_interrupted_run_leaves_nothing_older_beside_its_release(
+    run, monkeypatch, tmp_path, module, arguments, files
+):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in files:
+        (folder / name).write_text("of an older run")
+    monkeypatch.setattr(module, "measure", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(module, "--epsilon=3", *arguments)
+    left = {path.name for path in folder.iterdir()}
+    assert left <= files - {"report.json", "aucs.png"}
+    assert not any(b"older" in path.read_bytes() for path in folder.iterdir())
+    assert 2.9 < DistilledDataset.load(folder).statement.epsilon <= 3.0
+
+
+def test_a_refused_run_leaves_an_older_release_as_it_is(run, tmp_path):
+    run(example, *DPKIP, "--images_per_class=2")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    with pytest.raises(ValueError, match="`sampling_probability`"):
+        run(example, *DPKIP, "--sampling=2")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+
+
 def test_a_convnet_learns_from_the_images(run):
     report = run(example, *DPKIP[:-1], "--images_per_class=2", "--convnet_epochs=1")
     assert 0.0 <= report["accuracy"]["convnet"] <= 1.0
