@@ -56,6 +56,23 @@ from dp_transcribe.students import conv_student
 _LOGGER = logging.getLogger(__name__)
 ROUTES = ("linear", "means", "dpkip")
 KERNELS = ("scattering", "ntk", "rbf")
+# Attributes of the routes' plans and the flags that give them.
+OF_PLANS = {
+    "steps": "steps",
+    "learning_rate": "learning_rate",
+    "l2_norm": "l2_norm",
+    "damping_rank": "damping_rank",
+    "bounded": "bounded",
+    "sampling_probability": "sampling",
+}
+# Flags that some routes have no use for, and the routes that do.
+OF_ROUTES = {
+    "bounded": ("dpkip",),
+    "sampling": ("dpkip",),
+    "synthesis_steps": ("linear",),
+    "damping_rank": ("linear", "means"),
+    "cache_dir": ("linear", "dpkip"),
+}
 REPORT, PICTURE = "report.json", "images.png"
 HELD_OUT = 10_000
 # A taught ConvNet asks so many batches of queries in an epoch.
@@ -121,11 +138,31 @@ def private_features(
     return np.load(path, mmap_mode="r")
 
 
-def make_kernel(dataset: ImageDataset) -> Kernel:
-    """The kernel that the flags say; it distils and it classifies."""
+def check_flags() -> None:
+    """Refuses, before anything is read, values out of range and flags without a use.
+
+    Raises:
+        ValueError: a flag does not fit; nothing was spent.
+    """
+    _validate.positive_finite("epsilon", FLAGS.epsilon)
+    _validate.fraction_open("delta", FLAGS.delta)
+    _validate.optional_seed("seed", FLAGS.seed)
     if FLAGS.route == "linear":
         mend = "Take the scattering kernel, or --route=dpkip."
         _validate.one_of("kernel", FLAGS.kernel, ("scattering",), mend)
+    for name, routes in OF_ROUTES.items():
+        if getattr(FLAGS, name) is not None and FLAGS.route not in routes:
+            expected = f"None but for the route {' or '.join(routes)}"
+            raise _validate.invalid(name, getattr(FLAGS, name), expected)
+    if FLAGS.taught_epochs and FLAGS.kernel != "scattering":
+        mend = "Only ridge regression on scattering features is made a teacher of."
+        expected = "0 without the scattering kernel"
+        raise _validate.invalid("taught_epochs", FLAGS.taught_epochs, expected, mend)
+
+
+def make_kernel(dataset: ImageDataset) -> Kernel:
+    """The kernel that the flags say; it distils and it classifies."""
+    if FLAGS.route == "linear":
         domain = PRIOR_DOMAINS[dataset.name]
         return InterceptKernel(kernel_for_domain(domain, dataset.image_shape))
     if FLAGS.kernel == "scattering":
@@ -136,8 +173,10 @@ def make_kernel(dataset: ImageDataset) -> Kernel:
 
 def asked_for(plan: Any) -> Any:
     """A route's own plan with the values that the flags give."""
-    names = ("steps", "learning_rate", "l2_norm", "damping_rank")
-    given = {name: getattr(FLAGS, name) for name in names if hasattr(plan, name)}
+    given = {
+        name: getattr(FLAGS, flag) for name, flag in OF_PLANS.items()
+        if hasattr(plan, name)
+    }  # fmt: skip
     return dataclasses.replace(
         plan, **{name: value for name, value in given.items() if value is not None}
     )
@@ -146,9 +185,9 @@ def asked_for(plan: Any) -> Any:
 def settings(dataset: ImageDataset) -> Distillation:
     """The settings of the linear route that the flags say, or the data set's own."""
     own = Distillation.for_domain(PRIOR_DOMAINS[dataset.name])
-    synthesis = Synthesis(
-        images_per_class=FLAGS.images_per_class, steps=FLAGS.synthesis_steps
-    )
+    synthesis = Synthesis(images_per_class=FLAGS.images_per_class)
+    if FLAGS.synthesis_steps is not None:
+        synthesis = dataclasses.replace(synthesis, steps=FLAGS.synthesis_steps)
     return dataclasses.replace(
         asked_for(own), training=asked_for(own.training), synthesis=synthesis
     )
@@ -201,9 +240,8 @@ def by_dpkip(
     """DP-KIP from public images of no class in particular."""
     count = FLAGS.images_per_class * dataset.num_classes
     source = public_source(dataset)
-    initial = source.sample(count, tf.constant([FLAGS.seed or 0, 0])).numpy()
-    plan = KIPTraining(bounded=FLAGS.bounded, sampling_probability=FLAGS.sampling)
-    plan = asked_for(plan)
+    initial = source.sample(count, tf.constant([(FLAGS.seed or 0) % 2**31, 0])).numpy()
+    plan = asked_for(KIPTraining())
     model = DPKIP(kernel, initial, dataset.num_classes, plan, seed=FLAGS.seed)
     features = private_features(dataset, kernel, cache_dir)
     watch.lap("features")
@@ -312,9 +350,7 @@ def run() -> dict[str, Any]:
     Returns:
         The report, as it is in report.json.
     """
-    _validate.positive_finite("epsilon", FLAGS.epsilon)
-    _validate.fraction_open("delta", FLAGS.delta)
-    _validate.optional_seed("seed", FLAGS.seed)
+    check_flags()
     way = FLAGS.route + ("-validate" if FLAGS.validate else "")
     default = f"output/distill-{FLAGS.dataset}-{way}-epsilon{FLAGS.epsilon:g}"
     folder = _validate.writable_dir("output_dir", FLAGS.output_dir or default)
@@ -412,10 +448,18 @@ def define_flags(values: flags.FlagValues) -> None:
     real("l2_norm", None, "Bound of what a record adds, if not the route's.")
     whole("damping_rank", None, "Of the whitening, if not the route's.")
     one_of(
-        "bounded", "pixels", ("pixels", "features"), "What DP-KIP bounds and noises."
+        "bounded",
+        None,
+        ("pixels", "features"),
+        "What DP-KIP bounds and noises; by default pixels.",
     )
-    real("sampling", 1 / 30, "Probability of a record in a step of DP-KIP.")
-    whole("synthesis_steps", 200, "Steps on the images.", lower_bound=1)
+    real("sampling", None, "Probability of a record in a step of DP-KIP, if not 1/30.")
+    whole(
+        "synthesis_steps",
+        None,
+        "Steps on the images of the linear route, if not its own.",
+        lower_bound=1,
+    )
     whole("convnet_epochs", 80, "Epochs of the ConvNet.", lower_bound=0)
     whole(
         "taught_epochs",

@@ -21,6 +21,7 @@ from dp_transcribe.distillation import (
     RBFKernel,
     ScatteringKernel,
 )
+from dp_transcribe.distillation.releases import RecordSums
 from dp_transcribe.programs import EXIT_REFUSED
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -96,6 +97,11 @@ def test_report_and_files(run, tmp_path):
     assert 0.0 < report["statement"]["epsilon"] <= 1.0
     assert set(report["seconds"]) == {"features", "distillation", "krr"}
     assert len(DistilledDataset.load(tmp_path / "out")) == 4
+
+
+def test_seeds_may_be_as_large_as_elsewhere(run):
+    report = run(example, *DPKIP, "--images_per_class=2", f"--seed={2**40}")
+    assert report["statement"]["noise_seed"] == 2**40
 
 
 @pytest.mark.parametrize(
@@ -281,11 +287,23 @@ def test_features_are_never_kept_in_part(configure, monkeypatch, tmp_path):
         (("--kernel=rbf",), "kernel"),
         ((*DPKIP, "--bounded=features"), "bounded"),
         ((*DPKIP, "--sampling=2"), "sampling_probability"),
+        ((*DPKIP, "--taught_epochs=1"), "taught_epochs"),
+        ((*DPKIP, "--synthesis_steps=5"), "synthesis_steps"),
+        ((*DPKIP, "--damping_rank=5"), "damping_rank"),
+        (("--bounded=pixels",), "bounded"),
+        (("--sampling=0.1",), "sampling"),
+        (("--route=means", "--synthesis_steps=5"), "synthesis_steps"),
+        (("--route=means", "--cache_dir=kept"), "cache_dir"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(run, arguments, name):
+def test_what_does_not_fit_is_refused_by_name_and_nothing_is_spent(
+    run, monkeypatch, arguments, name
+):
+    spent = mock.Mock()
+    monkeypatch.setattr(RecordSums, "begin", spent)
     with pytest.raises(ValueError, match=f"`{name}`"):
         run(example, *arguments)
+    spent.assert_not_called()
 
 
 def test_a_refusal_is_one_line(configure, capsys):
