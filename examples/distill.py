@@ -133,7 +133,7 @@ def private_features(
     name = f"{dataset.name}-{dataset.source}-{FLAGS.kernel}{tag}"
     path = folder / f"{name}-{digest_of(images)[:12]}.npy"
     if not path.exists():
-        with replacing(path) as partial:
+        with replacing(path, secret=True) as partial:
             np.save(partial, embed_in_batches(kernel, images))
     return np.load(path, mmap_mode="r")
 

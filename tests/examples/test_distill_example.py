@@ -263,6 +263,13 @@ def test_kept_features_are_of_the_images_at_hand(configure, monkeypatch, tmp_pat
     assert embed.call_count == len(list(tmp_path.iterdir())) == 3
 
 
+def test_kept_features_are_for_the_owner_alone(configure, tmp_path):
+    configure(example, "--kernel=rbf")
+    example.private_features(DATASET, RBFKernel(), str(tmp_path))
+    (kept,) = tmp_path.iterdir()
+    assert kept.stat().st_mode & 0o077 == 0
+
+
 def test_features_are_never_kept_in_part(configure, monkeypatch, tmp_path):
     configure(example, "--kernel=rbf")
 
