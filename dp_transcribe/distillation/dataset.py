@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from dp_transcribe import _validate
 from dp_transcribe._files import digest_of, discard, replacing
+from dp_transcribe.distillation.provenance import remember_released
 from dp_transcribe.privacy.statement import (
     PrivacyStatement,
     split_digest,
@@ -54,6 +55,7 @@ class DistilledDataset:
         if np.any((self.labels < 0) | (self.labels >= self.num_classes)):
             expected = f"whole numbers from 0 to {self.num_classes - 1}"
             raise _validate.invalid("labels", self.labels, expected)
+        remember_released(self.images)
 
     def __len__(self) -> int:
         """Number of images."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import secrets
 
 import dp_accounting
 import keras
@@ -24,6 +25,11 @@ from dp_transcribe.distillation.kip_gradients import (
     pixel_gradient_sum,
 )
 from dp_transcribe.distillation.linear import check_labels
+from dp_transcribe.distillation.provenance import (
+    holds_record,
+    remember_released,
+    were_released,
+)
 from dp_transcribe.distillation.releases import (
     RELATION,
     RecordSums,
@@ -40,6 +46,7 @@ _LOGGER = logging.getLogger(__name__)
 # Records whose gradients are held at once.
 _CHUNK = 64
 _LARGEST_FEATURE = 1e6
+_LARGEST_FIT = 2**63 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,20 +91,27 @@ class DPKIP(keras.Model):
     Args:
         kernel: the kernel; it decides what an embedding is.
         initial: where the support images start, float `[n, ...]`: noise or public
-            images, in the order of the classes, as many of each.
+            images, in the order of the classes, as many of each. Never distilled ones:
+            the statement would not know what was spent on them.
         num_classes: number of classes.
         training: how it is run.
         seed: None for secret noise; an int makes runs repeatable, for tests.
 
     Raises:
-        ValueError: the support does not divide by the classes, or one chunk of
-            gradients would not fit into memory.
+        ValueError: the support does not divide by the classes, holds images of a
+            `DistilledDataset` or of an earlier fit, or one chunk of gradients would not
+            fit into memory.
 
     **Privacy**: unit `RECORD`, zero-out. The gradient of each record's loss with
     respect to all support images is clipped jointly to `l2_norm`; their sum over a
     true Poisson sample is released once per step. Records are embedded one by one;
     no statistic of them is used. `initial` must not come from private data: `fit`
-    refuses it if it finds one of its records in there.
+    refuses it if it finds one of its records in there, even rescaled, mirrored or
+    turned by right angles; that a run is refused tells that the record is there, and is
+    not accounted. What else was made of records (crops, shifts, mixtures) is *not*
+    recognised, nor is what was distilled in another process and read without
+    `DistilledDataset.load`, or changed since. Weights know which fit they are of:
+    loaded into another model they are refused by `fit` and by the statement.
 
     References:
         Vinaroz, Park: Differentially Private Kernel Inducing Points using features
@@ -122,10 +136,25 @@ class DPKIP(keras.Model):
         if len(initial) == 0 or len(initial) % num_classes:
             expected = f"as many images for each of {num_classes} classes"
             raise _validate.invalid("initial", initial.shape, expected)
+        if were_released(initial):
+            expected = "noise or public images"
+            mend = (
+                "They were distilled from private records, and what that cost would be "
+                "missing from the statement of this model."
+            )
+            raise _validate.invalid("initial", initial.shape, expected, mend)
         self.support = self.add_weight(
             name="support",
             shape=initial.shape,
             initializer=lambda *_, **__: tf.constant(initial),
+        )
+        # Of which fit the support is, 0 before any: it goes where the support goes.
+        self.fitted_by = self.add_weight(
+            name="fitted_by",
+            shape=(),
+            dtype="int64",
+            initializer="zeros",
+            trainable=False,
         )
         self.labels = balanced_labels(len(initial) // num_classes, num_classes)
         self.built = True
@@ -137,6 +166,7 @@ class DPKIP(keras.Model):
             raise _validate.invalid("bounded", self.training_plan.bounded, expected)
         self._check_memory()
         self._releases: RecordSums | None = None
+        self._own_fit = 0
         self._delta = 0.0
 
     def call(self, embedded: tf.Tensor) -> tf.Tensor:
@@ -174,12 +204,15 @@ class DPKIP(keras.Model):
                 "This model was fitted before, and a second fit would spend a second "
                 "budget on the same records. Make a new model."
             )
+        self._check_weights()
         plan = self.training_plan
         labels = check_labels(y, len(x), self.num_classes)
-        _refuse_records(self.support.numpy(), x)
-        if embedded is not None and len(embedded) != len(x):
+        if embedded is None:
+            embedded = embed_in_batches(self.kernel, x)
+        elif len(embedded) != len(x):
             expected = f"None or one row for each of {len(x)} records"
             raise _validate.invalid("embedded", np.shape(embedded), expected)
+        self._refuse_records(x, embedded)
         multiplier = noise_multiplier_for(
             target_epsilon,
             delta,
@@ -195,12 +228,15 @@ class DPKIP(keras.Model):
             sampling_probability=plan.sampling_probability,
             seed=self.seed,
         )
+        self._own_fit = secrets.randbelow(_LARGEST_FIT) + 1
+        self.fitted_by.assign(self._own_fit)
         self.optimizer = keras.optimizers.Adam(plan.learning_rate)
         self.optimizer.build([self.support])
-        if embedded is None:
-            embedded = embed_in_batches(self.kernel, x)
-        for _ in range(plan.steps):
-            self.train_step((embedded, labels))
+        try:
+            for _ in range(plan.steps):
+                self.train_step((embedded, labels))
+        finally:
+            remember_released(self.support.numpy())
         return self
 
     def train_step(self, data: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
@@ -282,16 +318,43 @@ class DPKIP(keras.Model):
         """The guarantee of the support images.
 
         Raises:
-            RuntimeError: the model was not fitted.
+            RuntimeError: the model was not fitted, or its weights are those of another.
         """
         if self._releases is None:
             raise RuntimeError("Nothing was released yet. Call `fit` first.")
+        self._check_weights()
         return self._releases.statement(
             delta=self._delta,
             accountant=self.training_plan.accountant,
             covered=("distilled data set",),
             steps=self.training_plan.steps,
         )
+
+    def _check_weights(self) -> None:
+        """Refuses a support that another model's fit has moved.
+
+        Raises:
+            RuntimeError: it was loaded or set, without the ledger that belongs to it.
+        """
+        if int(self.fitted_by.numpy()) != self._own_fit:
+            raise RuntimeError(
+                "These support images are those of another model, and what was released "
+                "for them is missing from this one's ledger. Make a new model, or take "
+                "the statement of the model that was fitted."
+            )
+
+    def _refuse_records(self, records: np.ndarray, embedded: np.ndarray) -> None:
+        """Refuses a support that holds private records, by pixels and by embeddings.
+
+        Raises:
+            ValueError: a support image is a record.
+        """
+        support = self.support.numpy()
+        pairs = (support, records), (embed_in_batches(self.kernel, support), embedded)
+        if any(holds_record(*pair) for pair in pairs):
+            expected = "noise or public images"
+            mend = "It holds private records, which would be released as they are."
+            raise _validate.invalid("initial", "(withheld: private)", expected, mend)
 
     def _coefficients(self, support: tf.Tensor) -> tf.Tensor:
         targets = tf.constant(centred_one_hot(self.labels, self.num_classes))
@@ -387,19 +450,3 @@ def _sum_clipped(gradients: tf.Tensor, l2_norm: float) -> tf.Tensor:
     squares = tf.reduce_sum(tf.square(gradients), axis=[1, 2])
     usable = zero_rows(tf.math.is_finite(squares), gradients)
     return tf.tensordot(Bound(l2_norm).factors(squares), usable, 1)
-
-
-def _refuse_records(support: np.ndarray, records: np.ndarray) -> None:
-    """Refuses a support that holds private records.
-
-    Raises:
-        ValueError: a support image equals a record.
-    """
-    rows = np.asarray(records, np.float32)
-    rows = rows.reshape(len(rows), math.prod(rows.shape[1:]))
-    first = np.isin(rows[:, 0], support.reshape(len(support), -1)[:, 0])
-    known = {row.tobytes() for row in rows[first]}
-    if any(image.tobytes() in known for image in support):
-        expected = "noise or public images"
-        mend = "It holds private records, which would be released as they are."
-        raise _validate.invalid("initial", "(withheld: private)", expected, mend)

@@ -9,14 +9,17 @@ import tensorflow as tf
 
 from dp_transcribe.distillation import (
     DPKIP,
+    DistilledDataset,
     Kernel,
     KernelRidgeClassifier,
     KIPTraining,
     NTKKernel,
     RBFKernel,
     ScatteringKernel,
+    provenance,
 )
 from dp_transcribe.distillation.kip import _sum_clipped
+from dp_transcribe.distillation.provenance import holds_record
 from dp_transcribe.distillation.ridge import centred_one_hot, ridge_solve
 from dp_transcribe.privacy import Unit
 
@@ -227,6 +230,96 @@ def test_private_records_in_the_support_are_refused_before_any_release():
     with pytest.raises(ValueError, match="`initial`.*private"):
         model.fit(records, np.arange(6) % 2, target_epsilon=1.0, delta=1e-5)
     assert model.ledger.releases(Unit.RECORD) == 0
+
+
+GUISES = {
+    "bytes": lambda image: np.round(255 * image).astype(np.uint8),
+    "other range": lambda image: 2.0 * image - 1.0,
+    "inverted": lambda image: 1.0 - image,
+    "mirrored": lambda image: image[:, ::-1],
+    "upside down": lambda image: image[::-1],
+    "turned": lambda image: np.rot90(image),
+}
+
+
+@pytest.mark.parametrize("guise", GUISES)
+def test_private_records_in_a_guise_are_refused_before_any_release(guise):
+    records = np.random.default_rng(8).random((6, 4, 4, 1)).astype(np.float32)
+    initial = np.random.default_rng(9).random((4, 4, 4, 1))
+    initial[2] = GUISES[guise](records[4])
+    model = DPKIP(SCATTERING, initial, 2, KIPTraining(steps=1))
+    with pytest.raises(ValueError, match="`initial`.*private"):
+        model.fit(records, np.arange(6) % 2, target_epsilon=1.0, delta=1e-5)
+    assert model.ledger.releases(Unit.RECORD) == 0
+
+
+def test_private_records_are_known_by_their_embeddings():
+    records = np.random.default_rng(8).random((6, 4, 4, 1)).astype(np.float32)
+    model = DPKIP(SCATTERING, records[:4], 2, KIPTraining(steps=1))
+    arguments = {"embedded": SCATTERING.embed(records).numpy(), "delta": 1e-5}
+    with pytest.raises(ValueError, match="`initial`.*private"):
+        model.fit(
+            np.zeros_like(records), np.arange(6) % 2, target_epsilon=1.0, **arguments
+        )
+    assert model.ledger.releases(Unit.RECORD) == 0
+
+
+def test_images_that_only_resemble_a_record_are_none():
+    rng = np.random.default_rng(8)
+    records = rng.random((6, 4, 4, 1)).astype(np.float32)
+    assert not holds_record(records[:2] + 0.03 * rng.random((2, 4, 4, 1)), records)
+    # Few values are alike by chance: of three, these are one record rescaled.
+    assert not holds_record(np.array([[0.0, 0.5, 1.0]]), np.array([[0.0, 1.0, 2.0]]))
+    blank = np.zeros((1, 4, 4, 1))
+    assert holds_record(blank, blank) and not holds_record(blank + 1.0, blank)
+
+
+def fitted_rbf(steps=2):
+    """A model with little noise, and its records."""
+    rng = np.random.default_rng(3)
+    records, labels = rng.normal(size=(40, 5)), np.arange(40) % 2
+    model = DPKIP(RBFKernel(), rng.normal(size=(2, 5)), 2, KIPTraining(steps=steps))
+    return model.fit(records, labels, target_epsilon=1.0, delta=1e-5), records, labels
+
+
+@pytest.mark.parametrize("carry", ["load_weights", "set_weights"])
+def test_weights_of_another_fit_are_refused_by_fit_and_statement(tmp_path, carry):
+    first, records, labels = fitted_rbf()
+    first.save_weights(tmp_path / "kip.weights.h5")
+
+    def take_over(model):
+        if carry == "load_weights":
+            model.load_weights(tmp_path / "kip.weights.h5")
+        else:
+            model.set_weights(first.get_weights())
+        np.testing.assert_array_equal(model.support, first.support)
+
+    second = DPKIP(RBFKernel(), np.zeros((2, 5)), 2, KIPTraining(steps=2))
+    take_over(second)
+    with pytest.raises(RuntimeError, match="another model"):
+        second.fit(records, labels, target_epsilon=1.0, delta=1e-5)
+    assert second.ledger.releases(Unit.RECORD) == 0
+    third = fitted_rbf()[0]
+    take_over(third)
+    with pytest.raises(RuntimeError, match="another model"):
+        third.distilled()
+    assert first.distilled().statement.epsilon <= 1.0
+
+
+@pytest.mark.parametrize("way", ["support", "data set", "file"])
+def test_images_that_were_distilled_before_are_no_start(tmp_path, way):
+    model, _, _ = fitted_rbf()
+    model.distilled().save(tmp_path)
+    images = {
+        "support": lambda: model.support.numpy(),
+        "data set": lambda: model.distilled().images,
+        "file": lambda: DistilledDataset.load(tmp_path).images,
+    }[way]()
+    if way == "file":
+        provenance._released.clear()
+        DistilledDataset.load(tmp_path)
+    with pytest.raises(ValueError, match="`initial`.*statement"):
+        DPKIP(RBFKernel(), images.astype(np.float64), 2)
 
 
 def test_feature_gradients_want_a_kernel_that_is_an_inner_product():
