@@ -41,6 +41,7 @@ from dp_transcribe.mechanisms.clipping.bound import Bound, zero_rows
 from dp_transcribe.privacy.calibration import noise_multiplier_for
 from dp_transcribe.privacy.ledger import Ledger
 from dp_transcribe.privacy.statement import PrivacyStatement
+from dp_transcribe.privacy.units import Unit
 
 _LOGGER = logging.getLogger(__name__)
 # Records whose gradients are held at once.
@@ -232,11 +233,14 @@ class DPKIP(keras.Model):
         self.fitted_by.assign(self._own_fit)
         self.optimizer = keras.optimizers.Adam(plan.learning_rate)
         self.optimizer.build([self.support])
+        start = self.support.numpy()
         try:
             for _ in range(plan.steps):
                 self.train_step((embedded, labels))
         finally:
-            remember_released(self.support.numpy())
+            support = self.support.numpy()
+            if not np.array_equal(support, start):
+                remember_released(support)
         return self
 
     def train_step(self, data: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
@@ -248,9 +252,22 @@ class DPKIP(keras.Model):
 
         Returns:
             Nothing that was measured on private records.
+
+        Raises:
+            RuntimeError: the model was not fitted, or all steps of its plan are done.
+
+        **Privacy**: one release, which `fit` has paid for. A further one would pass the
+        target and is refused before it begins.
         """
         if self._releases is None:
             raise RuntimeError("The noise is not calibrated. Call `fit`.")
+        self._check_weights()
+        done, planned = self.ledger.releases(Unit.RECORD), self.training_plan.steps
+        if done >= planned:
+            raise RuntimeError(
+                f"The budget is spent: all {planned} steps of the plan are done, and "
+                "one more would pass the target epsilon. Make a new model."
+            )
         embedded, labels = data
         self._releases.begin()
         chosen = self._releases.sample(len(embedded)).numpy()
@@ -338,9 +355,9 @@ class DPKIP(keras.Model):
         """
         if int(self.fitted_by.numpy()) != self._own_fit:
             raise RuntimeError(
-                "These support images are those of another model, and what was released "
-                "for them is missing from this one's ledger. Make a new model, or take "
-                "the statement of the model that was fitted."
+                "These support images are another model's, and this one's ledger does "
+                "not know what was released for them. Make a new model, or take the "
+                "statement of the model that was fitted."
             )
 
     def _refuse_records(self, records: np.ndarray, embedded: np.ndarray) -> None:

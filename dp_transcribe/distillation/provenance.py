@@ -63,7 +63,7 @@ def holds_record(examples: np.ndarray, records: np.ndarray) -> bool:
 
 
 def _views(examples: np.ndarray) -> np.ndarray:
-    """Examples, and if they are images `[n, height, width, ...]` all that are turned."""
+    """Examples, and images `[n, height, width, ...]` mirrored and turned as well."""
     views = [examples]
     if examples.ndim > 2:
         views += [np.flip(view, 1) for view in views]

@@ -1,6 +1,7 @@
 """DP-KIP: per-record gradients, their bound, the ledger and learning."""
 
 import dataclasses
+from unittest import mock
 
 import dp_accounting
 import numpy as np
@@ -282,6 +283,31 @@ def fitted_rbf(steps=2):
     return model.fit(records, labels, target_epsilon=1.0, delta=1e-5), records, labels
 
 
+def test_a_step_more_than_was_planned_is_refused():
+    model, records, labels = fitted_rbf()
+    before = model.support.numpy()
+    with pytest.raises(RuntimeError, match="budget is spent"):
+        model.train_step((records.astype(np.float32), labels))
+    assert model.ledger.releases(Unit.RECORD) == 2
+    assert model.privacy_statement().epsilon <= 1.0
+    np.testing.assert_array_equal(model.support, before)
+
+
+def test_steps_that_an_interrupted_fit_left_stay_within_the_target(monkeypatch):
+    rng = np.random.default_rng(3)
+    data = rng.normal(size=(40, 5)).astype(np.float32), np.arange(40) % 2
+    model = DPKIP(RBFKernel(), rng.normal(size=(2, 5)), 2, KIPTraining(steps=3))
+    with monkeypatch.context() as broken:
+        broken.setattr(DPKIP, "_to_pixels", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            model.fit(*data, target_epsilon=1.0, delta=1e-5)
+    for _ in range(2):
+        model.train_step(data)
+    with pytest.raises(RuntimeError, match="budget is spent"):
+        model.train_step(data)
+    assert model.privacy_statement().epsilon <= 1.0
+
+
 @pytest.mark.parametrize("carry", ["load_weights", "set_weights"])
 def test_weights_of_another_fit_are_refused_by_fit_and_statement(tmp_path, carry):
     first, records, labels = fitted_rbf()
@@ -296,12 +322,12 @@ def test_weights_of_another_fit_are_refused_by_fit_and_statement(tmp_path, carry
 
     second = DPKIP(RBFKernel(), np.zeros((2, 5)), 2, KIPTraining(steps=2))
     take_over(second)
-    with pytest.raises(RuntimeError, match="another model"):
+    with pytest.raises(RuntimeError, match="another model's"):
         second.fit(records, labels, target_epsilon=1.0, delta=1e-5)
     assert second.ledger.releases(Unit.RECORD) == 0
     third = fitted_rbf()[0]
     take_over(third)
-    with pytest.raises(RuntimeError, match="another model"):
+    with pytest.raises(RuntimeError, match="another model's"):
         third.distilled()
     assert first.distilled().statement.epsilon <= 1.0
 
