@@ -38,8 +38,8 @@ class Scattering:
         orientations: L, number of orientations of the wavelets.
 
     Raises:
-        ValueError: an attribute is no whole number of 1 or more, or the image is
-            smaller than the averaging window.
+        ValueError: an attribute is no whole number of 1 or more, or the image is not
+            larger than the averaging window.
     """
 
     height: int
@@ -51,8 +51,8 @@ class Scattering:
         """Checks the attributes."""
         for name in ("height", "width", "scale", "orientations"):
             _validate.positive_int(name, getattr(self, name))
-        if 2**self.scale > min(self.height, self.width):
-            expected = f"a scale with 2**scale at most {min(self.height, self.width)}"
+        if 2**self.scale >= min(self.height, self.width):
+            expected = f"a scale with 2**scale below {min(self.height, self.width)}"
             mend = "Lower the scale, or enlarge the images."
             raise _validate.invalid("scale", self.scale, expected, mend)
 

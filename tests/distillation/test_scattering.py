@@ -48,9 +48,18 @@ def test_gradient_of_a_constant_image_is_finite():
     assert np.isfinite(tape.gradient(loss, images)).all()
 
 
-def test_a_scale_larger_than_the_image_is_refused():
-    with pytest.raises(ValueError, match="scale"):
-        Scattering(4, 28, 3)
+# A window as large as the image would be mirrored at its border by more than there is.
+@pytest.mark.parametrize("shape", [(4, 28), (8, 8), (28, 8)])
+def test_a_window_that_is_not_smaller_than_the_image_is_refused(shape):
+    with pytest.raises(ValueError, match=r"`scale`.*2\*\*scale below"):
+        Scattering(*shape, 3)
+
+
+def test_an_image_larger_than_the_window_by_a_pixel_is_transformed():
+    transform = Scattering(9, 9, 3, 2)
+    outputs = transform(tf.ones([2, 9, 9, 1]))
+    assert outputs.shape == (2, transform.channels, *transform.output_size)
+    np.testing.assert_allclose(outputs[:, 0], 1.0, atol=1e-3)
 
 
 def test_embedding_has_norm_one_and_groups_have_mean_zero():
