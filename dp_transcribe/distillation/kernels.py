@@ -127,18 +127,32 @@ class ScatteringKernel(InnerProductKernel):
         return self.channels * math.prod(self.transform.output_size)
 
     def embed(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Normalised scattering coefficients, float32 `[n, features]` of norm 1."""
+        """Normalised scattering coefficients, float32 `[n, features]` of norm 1.
+
+        Raises:
+            ValueError: the images have another shape than `image_shape`.
+        """
+        inputs = tf.cast(inputs, tf.float32)
+        self._check_shape("inputs", inputs.shape[1:])
         return _scattering_embedding(self, inputs)
 
     def jacobian(self, example: tf.Tensor) -> tf.Tensor:
         """As in `Kernel`, the image itself being transformed only once."""
-        return _scattering_jacobian(self, tf.cast(example, tf.float32))
+        example = tf.cast(example, tf.float32)
+        self._check_shape("example", example.shape)
+        return _scattering_jacobian(self, example)
+
+    def _check_shape(self, name: str, shape: tf.TensorShape) -> None:
+        """Refuses other images: with as many values they would be cut up wrongly."""
+        if not shape.is_compatible_with(self.image_shape):
+            expected = f"images of shape {tuple(self.image_shape)}"
+            raise _validate.invalid(name, shape, expected)
 
 
 @tf.function(jit_compile=True, reduce_retracing=False)
 def _scattering_embedding(kernel: ScatteringKernel, images: tf.Tensor) -> tf.Tensor:
     """Compiled per kernel and batch size."""
-    return _normalised(kernel, kernel.transform(tf.cast(images, tf.float32)))
+    return _normalised(kernel, kernel.transform(images))
 
 
 @tf.function(jit_compile=True, reduce_retracing=False)

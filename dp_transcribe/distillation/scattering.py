@@ -85,7 +85,14 @@ class Scattering:
             float32 `[n, channels * colours, output height, output width]`. The
             channels of a colour are consecutive and in kymatio's order: the mean,
             order one by scale and angle, order two by the two scales and angles.
+
+        Raises:
+            ValueError: the images have another height or width.
         """
+        images = tf.convert_to_tensor(images)
+        if not images.shape.is_compatible_with([None, self.height, self.width, None]):
+            expected = f"of shape (n, {self.height}, {self.width}, colours)"
+            raise _validate.invalid("images", images.shape, expected)
         shape = tf.shape(images)
         planes = tf.reshape(
             tf.transpose(images, [0, 3, 1, 2]), [-1, self.height, self.width]

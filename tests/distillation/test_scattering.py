@@ -48,6 +48,23 @@ def test_gradient_of_a_constant_image_is_finite():
     assert np.isfinite(tape.gradient(loss, images)).all()
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 16, 1), (2, 8, 8), (2, 16, 4, 1)])
+def test_images_of_another_shape_are_refused_though_they_have_as_many_pixels(shape):
+    with pytest.raises(ValueError, match="`images`"):
+        Scattering(8, 8, 1, 2)(tf.zeros(shape))
+    kernel = ScatteringKernel((8, 8, 1), groups=1, scale=1, orientations=2)
+    with pytest.raises(ValueError, match=r"`inputs`.*\(8, 8, 1\)"):
+        kernel.embed(tf.zeros(shape))
+    with pytest.raises(ValueError, match=r"`example`.*\(8, 8, 1\)"):
+        kernel.jacobian(tf.zeros(shape[1:]))
+
+
+def test_images_of_other_colours_are_refused():
+    kernel = ScatteringKernel((8, 8, 1), groups=1, scale=1, orientations=2)
+    with pytest.raises(ValueError, match=r"`inputs`.*\(8, 8, 1\)"):
+        kernel.embed(np.zeros((2, 8, 8, 3), np.float32))
+
+
 # A window as large as the image would be mirrored at its border by more than there is.
 @pytest.mark.parametrize("shape", [(4, 28), (8, 8), (28, 8)])
 def test_a_window_that_is_not_smaller_than_the_image_is_refused(shape):
