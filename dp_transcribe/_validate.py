@@ -94,6 +94,24 @@ def in_range(name: str, value: Any, low: int, high: int, mend: str = "") -> int:
     return int(value)
 
 
+def num_classes(name: str, value: Any, mend: str = "") -> int:
+    """Checks a number of classes: a whole number of 2 or more."""
+    if not _is_int(value) or value < 2:
+        raise invalid(name, value, "a whole number of 2 or more", mend)
+    return int(value)
+
+
+def pixel_range(name: str, value: Any) -> tuple[float, float]:
+    """Checks the lowest and highest value of a pixel, finite and different."""
+    try:
+        low, high = map(float, value)
+    except (TypeError, ValueError):
+        low, high = math.nan, math.nan
+    if not -math.inf < low < high < math.inf:
+        raise invalid(name, value, "(low, high), finite, with low < high")
+    return low, high
+
+
 def optional_seed(name: str, value: Any) -> int | None:
     """Checks a seed: None (secret, from the operating system) or an integer.
 

@@ -38,7 +38,8 @@ class DistilledDataset:
     **Privacy**: as private as the statement says, whatever is done with it.
 
     Raises:
-        ValueError: there is not one label per image, or a label is no class.
+        ValueError: there is no image, a pixel is not finite, there is not one label per
+            image, or a label is no class.
     """
 
     images: np.ndarray
@@ -48,11 +49,19 @@ class DistilledDataset:
 
     def __post_init__(self) -> None:
         """Checks that images and labels belong together."""
-        _validate.positive_int("num_classes", self.num_classes)
+        _validate.num_classes("num_classes", self.num_classes)
+        _validate.instance_of("statement", self.statement, PrivacyStatement)
+        if np.ndim(self.images) not in (2, 4) or not np.size(self.images):
+            expected = "(n, height, width, colours) or (n, columns), not empty"
+            raise _validate.invalid("images", np.shape(self.images), expected)
+        if not np.all(np.isfinite(self.images)):
+            expected = "finite numbers"
+            raise _validate.invalid("images", "NaN or infinite ones", expected)
         if np.shape(self.labels) != (len(self.images),):
             expected = f"one label for each of {len(self.images)} images"
             raise _validate.invalid("labels", np.shape(self.labels), expected)
-        if np.any((self.labels < 0) | (self.labels >= self.num_classes)):
+        whole = np.issubdtype(np.asarray(self.labels).dtype, np.integer)
+        if not whole or np.any((self.labels < 0) | (self.labels >= self.num_classes)):
             expected = f"whole numbers from 0 to {self.num_classes - 1}"
             raise _validate.invalid("labels", self.labels, expected)
         remember_released(self.images)

@@ -25,6 +25,7 @@ from dp_transcribe.distillation.linear import (
 from dp_transcribe.distillation.synthesis import (
     ImageSource,
     Synthesis,
+    check_images,
     check_support,
     draw_images,
     synthesize,
@@ -35,6 +36,8 @@ from dp_transcribe.generators.priors import DOMAINS
 _LOGGER = logging.getLogger(__name__)
 # The part of the seed that keeps whitening's images apart from synthesis'.
 _WHITENING_PART = 1_000_000
+# Public images whose shape and range are compared with the private ones'.
+_EXAMPLES = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +145,8 @@ def distill(
     mend = "Wrap it: `InterceptKernel(kernel)`, for `KernelRidgeClassifier` too."
     _validate.instance_of("kernel", kernel, InterceptKernel, mend)
     check_support(kernel, source, settings.synthesis, num_classes=num_classes)
+    public = draw_images(source, _EXAMPLES, seed or 0)
+    check_images(images, public, settings.synthesis.pixel_range)
     model, whitening = fit_linear_model(
         images,
         labels,

@@ -130,7 +130,7 @@ class DPKIP(keras.Model):
     ) -> None:
         super().__init__(name="dpkip")
         self.kernel = _validate.instance_of("kernel", kernel, Kernel)
-        self.num_classes = _validate.positive_int("num_classes", num_classes)
+        self.num_classes = _validate.num_classes("num_classes", num_classes)
         self.training_plan = training or KIPTraining()
         self.seed = _validate.optional_seed("seed", seed)
         initial = np.asarray(initial, np.float32)
@@ -208,10 +208,14 @@ class DPKIP(keras.Model):
         self._check_weights()
         plan = self.training_plan
         labels = check_labels(y, len(x), self.num_classes)
+        if np.shape(x)[1:] != self.support.shape[1:]:
+            expected = f"records of shape {self.support.shape[1:]}, as the support has"
+            raise _validate.invalid("x", np.shape(x), expected)
         if embedded is None:
             embedded = embed_in_batches(self.kernel, x)
-        elif len(embedded) != len(x):
-            expected = f"None or one row for each of {len(x)} records"
+        width = int(self.kernel.embed(self.support.value[:1]).shape[1])
+        if np.shape(embedded) != (len(x), width):
+            expected = f"None or the kernel's embeddings, of shape {(len(x), width)}"
             raise _validate.invalid("embedded", np.shape(embedded), expected)
         self._refuse_records(x, embedded)
         multiplier = noise_multiplier_for(

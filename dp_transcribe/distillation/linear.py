@@ -112,7 +112,7 @@ class PrivateLinearModel:
         *,
         seed: int | None = None,
     ) -> None:
-        self.num_classes = _validate.positive_int("num_classes", num_classes)
+        self.num_classes = _validate.num_classes("num_classes", num_classes)
         self.training = training or LinearTraining()
         self.seed = _validate.optional_seed("seed", seed)
         self.weights: np.ndarray | None = None
@@ -151,6 +151,9 @@ class PrivateLinearModel:
                 "budget on the same records. Make a new model and add up both "
                 "statements' epsilons."
             )
+        if np.ndim(features) != 2:
+            expected = "features of shape (records, features)"
+            raise _validate.invalid("features", np.shape(features), expected)
         labels = check_labels(labels, len(features), self.num_classes)
         plan = self.training
         multiplier = noise_multiplier_for(
@@ -169,8 +172,16 @@ class PrivateLinearModel:
         return self
 
     def logits(self, features: np.ndarray) -> np.ndarray:
-        """Scores of the classes, float32 `[n, classes]`."""
+        """Scores of the classes, float32 `[n, classes]`.
+
+        Raises:
+            RuntimeError: the model was not fitted.
+            ValueError: the features are not as wide as those of `fit`.
+        """
         weights = self._fitted_weights()
+        if np.ndim(features) != 2 or np.shape(features)[1] != len(weights):
+            expected = f"features of shape (n, {len(weights)})"
+            raise _validate.invalid("features", np.shape(features), expected)
         outputs = [np.zeros((0, self.num_classes), np.float32)]
         for start in range(0, len(features), _CHUNK):
             batch = tf.cast(features[start : start + _CHUNK], tf.float32)
@@ -382,15 +393,18 @@ def check_labels(labels: np.ndarray, num_records: int, num_classes: int) -> np.n
         int32 `[records]`.
 
     Raises:
-        ValueError: there is not one whole number from 0 to `num_classes - 1` per
-            record. The message does not quote the labels, which are private.
+        ValueError: there is no record, or not one whole number from 0 to
+            `num_classes - 1` per record. The message does not quote the labels, which
+            are private.
     """
+    if not num_records:
+        raise _validate.invalid("labels", np.shape(labels), "one record or more")
     values = np.asarray(labels)
     whole = np.issubdtype(values.dtype, np.integer)
     if values.shape != (num_records,) or not whole:
         expected = f"one whole number per record, of shape ({num_records},)"
         raise _validate.invalid("labels", (values.dtype.name, values.shape), expected)
-    if num_records and not 0 <= values.min() <= values.max() < num_classes:
+    if not 0 <= values.min() <= values.max() < num_classes:
         expected = f"whole numbers from 0 to {num_classes - 1}"
         mend = "Number the classes from 0, or raise `num_classes`."
         raise _validate.invalid("labels", "(withheld: private)", expected, mend)

@@ -21,13 +21,12 @@ from dp_transcribe.distillation.class_means import (
     release_class_means,
 )
 from dp_transcribe.distillation.dataset import DistilledDataset, balanced_labels
-from dp_transcribe.distillation.kernels import (
-    embed_in_batches,
-)
+from dp_transcribe.distillation.kernels import LARGEST, embed_in_batches
 from dp_transcribe.distillation.linear import check_labels
 from dp_transcribe.distillation.random_networks import RandomConvNets
 from dp_transcribe.distillation.synthesis import (
     ImageSource,
+    check_images,
     draw_images,
     margins,
     move_images,
@@ -35,6 +34,8 @@ from dp_transcribe.distillation.synthesis import (
 
 _LOGGER = logging.getLogger(__name__)
 _CHUNK = 500
+# float32 values per pixel and filter that are kept to go back through a network.
+_KEPT_PER_FILTER = 8
 # What the seed of the order begins with, so that no other public draw repeats it.
 _ORDER = 2
 
@@ -87,6 +88,7 @@ class MeanMatching:
         _validate.fraction_open("count_share", self.count_share)
         _validate.in_range("directions", self.directions, 2, self.public_images)
         _validate.in_range("damping_rank", self.damping_rank, 1, self.directions - 1)
+        _validate.pixel_range("pixel_range", self.pixel_range)
         _validate.one_of("accountant", self.accountant, ("rdp", "pld"))
         for name in ("images_per_class", "public_images"):
             _validate.in_range(name, getattr(self, name), 1, self.candidates)
@@ -134,21 +136,18 @@ def distill_means(
     """
     settings = settings or MeanMatching()
     public_seed = _validate.optional_seed("seed", seed) or 0
+    _validate.num_classes("num_classes", num_classes)
     labels = check_labels(labels, len(images), num_classes)
-    shape = tuple(np.shape(images)[1:])
-    if len(shape) != 3:
-        expected = "images of shape (records, height, width, colours)"
-        raise _validate.invalid("images", np.shape(images), expected)
+    public = draw_images(source, settings.candidates, public_seed)
+    check_images(images, public, settings.pixel_range)
+    _check_memory(public.shape[1:], num_classes, settings)
+    height, width, colours = public.shape[1:]
     kernel = RandomConvNets(
-        shape,
+        (height, width, colours),
         networks=settings.networks,
         filters=settings.filters,
         seed=public_seed,
     )
-    public = draw_images(source, settings.candidates, public_seed)
-    if public.shape[1:] != shape:
-        expected = f"public images of shape {shape}, as the private ones"
-        raise _validate.invalid("source", public.shape[1:], expected)
     directions = PublicDirections.from_public(
         kernel, public[: settings.public_images], settings.directions
     )
@@ -298,6 +297,24 @@ def _match(
         learning_rate=settings.learning_rate,
         pixel_range=settings.pixel_range,
     )
+
+
+def _check_memory(
+    shape: tuple[int, ...], num_classes: int, settings: MeanMatching
+) -> None:
+    """Refuses images that could not be moved: one network sees all of them at once.
+
+    Raises:
+        ValueError: they would take more than 4 GiB.
+    """
+    height, width, colours = shape
+    per_image = height * width * (colours + _KEPT_PER_FILTER * settings.filters)
+    largest = LARGEST // per_image // num_classes
+    if settings.images_per_class > largest:
+        expected = f"at most {largest}, which take 4 GiB"
+        mend = "Ask for fewer, or for networks with fewer filters."
+        asked = settings.images_per_class
+        raise _validate.invalid("images_per_class", asked, expected, mend)
 
 
 def _distance_gradient(

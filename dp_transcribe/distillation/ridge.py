@@ -48,8 +48,10 @@ class KernelRidgeClassifier(ClassifierMixin, BaseEstimator):
             The classifier.
 
         Raises:
-            ValueError: there is not one label per input.
+            ValueError: there is no input, one is not finite, or there is not one label
+                per input.
         """
+        _check_inputs(inputs)
         labels = np.asarray(labels)
         if len(labels) != len(inputs) or labels.ndim not in (1, 2):
             expected = f"one label per input, {len(inputs)} in all"
@@ -61,6 +63,7 @@ class KernelRidgeClassifier(ClassifierMixin, BaseEstimator):
             )
         else:
             self.classes_ = np.arange(labels.shape[1])
+        self._shape = np.shape(inputs)[1:]
         self.support_ = self.kernel.embed(tf.cast(inputs, tf.float32))
         gram = self.kernel.between(self.support_, self.support_)
         self.coefficients_ = ridge_solve(
@@ -69,8 +72,15 @@ class KernelRidgeClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def decision_function(self, inputs: np.ndarray) -> np.ndarray:
-        """Regression outputs, float32 `[n, classes]`."""
+        """Regression outputs, float32 `[n, classes]`.
+
+        Raises:
+            ValueError: the inputs are of another shape than those of `fit`.
+        """
         check_is_fitted(self)
+        if np.shape(inputs)[1:] != self._shape:
+            expected = f"inputs of shape {self._shape} each, as in `fit`"
+            raise _validate.invalid("inputs", np.shape(inputs), expected)
         outputs = [np.zeros((0, self.coefficients_.shape[1]), np.float32)]
         for start in range(0, len(inputs), _BATCH):
             batch = tf.cast(inputs[start : start + _BATCH], tf.float32)
@@ -93,6 +103,14 @@ class KernelRidgeClassifier(ClassifierMixin, BaseEstimator):
         """Most likely labels, `[n]`."""
         scores = self.decision_function(inputs)
         return self.classes_[scores.argmax(axis=1)]
+
+
+def _check_inputs(inputs: np.ndarray) -> None:
+    """Refuses what no regression can be solved for."""
+    if not len(inputs):
+        raise _validate.invalid("inputs", np.shape(inputs), "at least one input")
+    if not np.all(np.isfinite(inputs)):
+        raise _validate.invalid("inputs", "NaN or infinite ones", "finite numbers")
 
 
 def centred_one_hot(labels: np.ndarray, num_classes: int) -> np.ndarray:

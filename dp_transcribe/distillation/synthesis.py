@@ -75,6 +75,7 @@ class Synthesis:
             _validate.positive_int(name, getattr(self, name))
         _validate.positive_finite("learning_rate", self.learning_rate)
         _validate.positive_finite("penalty", self.penalty)
+        _validate.pixel_range("pixel_range", self.pixel_range)
 
 
 def synthesize(
@@ -148,6 +149,7 @@ def check_support(
     if not kernel.is_inner_product:
         expected = "an inner product of embeddings, such as that of `ScatteringKernel`"
         raise _validate.invalid("kernel", kernel, expected)
+    _validate.num_classes("num_classes", num_classes)
     asked = settings.images_per_class
     if asked > settings.queries:
         expected = f"at most `queries`, which is {settings.queries}"
@@ -165,6 +167,47 @@ def check_support(
         expected = f"at most {largest // num_classes}, which take 4 GiB"
         raise _validate.invalid("images_per_class", asked, expected)
     return min(_CHUNK, most // values)
+
+
+def check_images(
+    images: np.ndarray, example: np.ndarray, pixel_range: tuple[float, float]
+) -> None:
+    """Refuses, before any release, private images that public ones cannot stand for.
+
+    Args:
+        images: private images, float `[records, height, width, colours]`.
+        example: public images, float `[n, height, width, colours]`.
+        pixel_range: lowest and highest value of a pixel.
+
+    Raises:
+        ValueError: the shapes differ, or pixels lie outside of the range by more than
+            rounding; what is not finite is passed over. The message does not quote the
+            private pixels.
+    """
+    if np.ndim(images) != 4:
+        expected = "images of shape (records, height, width, colours)"
+        raise _validate.invalid("images", np.shape(images), expected)
+    shape = np.shape(images)[1:]
+    if np.shape(example)[1:] != shape:
+        expected = f"public images of shape {shape}, as the private ones"
+        raise _validate.invalid("source", np.shape(example)[1:], expected)
+    for kind, held in (("public", example), ("private", images)):
+        if not _in_range(held, pixel_range):
+            expected = f"a range that holds the pixels of the {kind} images"
+            mend = "Scale the images, or give the range that they are in."
+            raise _validate.invalid("pixel_range", pixel_range, expected, mend)
+
+
+def _in_range(images: np.ndarray, pixel_range: tuple[float, float]) -> bool:
+    """Whether all finite pixels are in a range, up to a thousandth of its width."""
+    low, high = pixel_range
+    slack = 1e-3 * (high - low)
+    for start in range(0, len(images), _BATCH):
+        pixels = np.asarray(images[start : start + _BATCH], np.float32)
+        finite = pixels[np.isfinite(pixels)]
+        if np.any((finite < low - slack) | (finite > high + slack)):
+            return False
+    return True
 
 
 def implied_weights(

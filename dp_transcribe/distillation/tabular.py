@@ -37,8 +37,19 @@ class NumericColumn:
         return 1
 
     def encode(self, values: Sequence[float]) -> np.ndarray:
-        """Maps the bounds to -1 and 1; clips, and puts 0 where a value is missing."""
-        numbers = np.asarray(values, np.float64)
+        """Maps the bounds to -1 and 1; clips, and puts 0 where a value is missing.
+
+        Raises:
+            ValueError: the values are no numbers. The message does not quote them: they
+                are private.
+        """
+        try:
+            numbers = np.asarray(values, np.float64)
+        except (TypeError, ValueError):
+            mend = "Put NaN where a value is missing."
+            raise _validate.invalid(
+                self.name, "(withheld: private)", "numbers", mend
+            ) from None
         scaled = 2.0 * (numbers - self.low) / (self.high - self.low) - 1.0
         return np.nan_to_num(np.clip(scaled, -1.0, 1.0))[:, None]
 
@@ -122,11 +133,16 @@ class TableEncoder:
             float32 `[rows, width]` with entries from -1 to 1.
 
         Raises:
-            ValueError: a column is missing.
+            ValueError: a column is missing or holds no numbers, or columns are of
+                different lengths.
         """
         missing = [c.name for c in self.columns if c.name not in table]
         if missing:
             raise _validate.invalid("table", missing, "a table with these columns")
+        shapes = {np.shape(table[c.name]) for c in self.columns}
+        if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
+            expected = "a table whose columns have one length"
+            raise _validate.invalid("table", sorted(shapes), expected)
         parts = [column.encode(table[column.name]) for column in self.columns]
         return np.concatenate(parts, axis=1).astype(np.float32)
 

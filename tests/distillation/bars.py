@@ -21,7 +21,7 @@ class Bars:
         images = np.repeat(wave[:, :, None], self.side, axis=2)
         images[labels == 1] = images[labels == 1].transpose(0, 2, 1)
         images += 0.1 * rng.normal(size=images.shape)
-        return images[..., None].astype(np.float32), labels
+        return np.clip(images, 0.0, 1.0)[..., None].astype(np.float32), labels
 
     def sample(self, n, seed):
         return tf.constant(self.draw(n, np.asarray(seed))[0])

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from dp_transcribe.distillation import (
     Kernel,
     KernelRidgeClassifier,
     LinearTraining,
+    MeanMatching,
     MirroredKernel,
     PrivateLinearModel,
     PublicWhitening,
@@ -25,6 +27,7 @@ from dp_transcribe.distillation import (
     kernel_for_domain,
 )
 from dp_transcribe.distillation.distill import public_whitening
+from dp_transcribe.distillation.releases import RecordSums
 from dp_transcribe.privacy import PrivacyStatement, Unit
 from tests.distillation.bars import Bars
 
@@ -41,10 +44,10 @@ SETTINGS = Distillation(
 
 def distil(images, labels, kernel=INTERCEPT, **kwargs):
     arguments = {"source": BARS, "settings": SETTINGS, "seed": 3, **kwargs}
+    arguments = {"num_classes": 2, **arguments}
     return distill(
         images,
         labels,
-        num_classes=2,
         kernel=kernel,
         target_epsilon=1.0,
         delta=1e-5,
@@ -251,14 +254,57 @@ def test_labels_that_are_no_classes_are_refused(distilled):
 @pytest.mark.parametrize(
     ("images", "labels", "name"),
     [
-        (np.zeros((0, 8, 8, 1)), np.zeros(0, int), "inputs"),
+        (np.zeros((0, 8, 8, 1)), np.zeros(0, int), "labels"),
+        (np.zeros((2, 8, 8)), np.array([0, 1]), "images"),
+        (np.zeros((2, 4, 16, 1)), np.array([0, 1]), "source"),
+        (np.full((2, 8, 8, 1), 255), np.array([0, 1]), "pixel_range"),
+        (np.full((2, 8, 8, 1), -1.0), np.array([0, 1]), "pixel_range"),
         (np.zeros((2, 8, 8, 1)), np.array([0, 2]), "labels"),
         (np.zeros((2, 8, 8, 1)), np.array([0]), "labels"),
     ],
 )
-def test_records_that_do_not_fit_are_refused_by_name(images, labels, name):
+def test_records_that_do_not_fit_are_refused_and_nothing_is_spent(
+    monkeypatch, images, labels, name
+):
+    spent = mock.Mock()
+    monkeypatch.setattr(RecordSums, "begin", spent)
     with pytest.raises(ValueError, match=f"`{name}`"):
         distil(images, labels)
+    spent.assert_not_called()
+
+
+def test_public_images_out_of_range_and_a_single_class_are_refused():
+    images, labels = BARS.draw(20, seed=1)
+    synthesis = dataclasses.replace(SETTINGS.synthesis, pixel_range=(0.0, 0.5))
+    settings = dataclasses.replace(SETTINGS, synthesis=synthesis)
+    with pytest.raises(ValueError, match="`pixel_range`.*public images"):
+        distil(images / 2.0, labels, settings=settings)
+    with pytest.raises(ValueError, match="`num_classes`"):
+        distil(images, np.zeros(20, int), num_classes=1)
+
+
+@pytest.mark.parametrize("span", [(1.0, 0.0), (0.0, np.inf), (0.0, np.nan), (1.0,), 1])
+@pytest.mark.parametrize("settings", [Synthesis, MeanMatching])
+def test_a_range_that_is_none_is_refused(settings, span):
+    with pytest.raises(ValueError, match="`pixel_range`"):
+        settings(pixel_range=span)
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        ({"images": np.zeros((4, 8, 8))}, "images"),
+        ({"images": np.zeros((0, 8, 8, 1)), "labels": np.zeros(0, int)}, "images"),
+        ({"images": np.full((4, 8, 8, 1), np.nan)}, "images"),
+        ({"labels": np.array([0.0, 0.0, 1.0, 1.0])}, "labels"),
+        ({"labels": np.array([0, 1])}, "labels"),
+        ({"num_classes": 1}, "num_classes"),
+        ({"statement": None}, "statement"),
+    ],
+)
+def test_a_data_set_that_does_not_fit_is_refused_by_name(distilled, changed, name):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        dataclasses.replace(distilled, **changed)
 
 
 def test_whitening_never_lengthens_and_evens_out_variances():

@@ -213,6 +213,28 @@ def test_labels_outside_the_range_are_refused():
         model.fit(np.ones((2, 5)), np.array([0, 2]), target_epsilon=1.0, delta=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        ({"x": np.ones((4, 6))}, "x"),
+        ({"x": np.ones((0, 5)), "y": np.zeros(0, int)}, "labels"),
+        ({"embedded": np.ones((4, 1))}, "embedded"),
+        ({"embedded": np.ones((3, 5))}, "embedded"),
+    ],
+)
+def test_records_that_do_not_fit_are_refused_before_any_release(changed, name):
+    model, _, _ = make("rbf")
+    records = {"x": np.ones((4, 5)), "y": np.arange(4) % 2, **changed}
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        model.fit(**records, target_epsilon=1.0, delta=1e-5)
+    assert model.ledger.releases(Unit.RECORD) == 0
+
+
+def test_a_single_class_is_refused():
+    with pytest.raises(ValueError, match="`num_classes`"):
+        DPKIP(RBFKernel(), np.zeros((2, 5)), 1)
+
+
 def test_a_support_that_does_not_divide_by_the_classes_is_refused():
     with pytest.raises(ValueError, match="each of 2 classes"):
         DPKIP(RBFKernel(), np.zeros((3, 5)), 2)

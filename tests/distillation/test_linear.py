@@ -123,6 +123,33 @@ def test_wrong_labels_are_refused_before_any_release(labels):
     assert not model.ledger.entries
 
 
+@pytest.mark.parametrize(
+    ("features", "labels", "name"),
+    [
+        (np.zeros((0, 4)), np.zeros(0, int), "labels"),
+        (np.zeros((6, 2, 2)), np.zeros(6, int), "features"),
+    ],
+)
+def test_features_that_do_not_fit_are_refused_before_any_release(
+    features, labels, name
+):
+    model = PrivateLinearModel(3, seed=1)
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        model.fit(features, labels, target_epsilon=1.0, delta=1e-5)
+    assert not model.ledger.entries
+    with pytest.raises(ValueError, match="`num_classes`"):
+        PrivateLinearModel(1)
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (5, 19), (20,)])
+def test_features_of_another_width_are_not_answered(shape):
+    features, labels = toy(20)
+    model = PrivateLinearModel(3, LinearTraining(steps=2, accountant="rdp"), seed=1)
+    model.fit(features, labels, target_epsilon=1.0, delta=1e-5)
+    with pytest.raises(ValueError, match=r"`features`.*\(n, 20\)"):
+        model.predict(np.zeros(shape))
+
+
 def test_sampler_takes_each_record_independently_with_its_probability():
     sums = RecordSums(
         mechanism="m", l2_norm=1.0, noise_multiplier=1.0,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from unittest import mock
 
 import dp_accounting
 import numpy as np
@@ -21,6 +22,7 @@ from dp_transcribe.distillation.class_means import (
     release_class_means,
 )
 from dp_transcribe.distillation.matching import discriminants, first_images, herd
+from dp_transcribe.distillation.releases import RecordSums
 from dp_transcribe.privacy import Unit
 from tests.distillation.bars import Bars
 
@@ -42,9 +44,8 @@ BARS = Bars(16)
 
 def distil(images, labels, **kwargs):
     arguments = {"source": BARS, "settings": SETTINGS, "seed": 3, **kwargs}
-    return distill_means(
-        images, labels, num_classes=2, target_epsilon=1.0, delta=1e-5, **arguments
-    )
+    arguments = {"num_classes": 2, **arguments}
+    return distill_means(images, labels, target_epsilon=1.0, delta=1e-5, **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -281,10 +282,34 @@ def test_settings_out_of_range_are_refused_by_name(changed, name):
     [
         (np.zeros((4, *SHAPE)), np.array([0, 1, 2, 0]), "labels"),
         (np.zeros((4, 16, 16)), np.array([0, 1, 1, 0]), "images"),
-        (np.zeros((4, 4, 4, 1)), np.array([0, 1, 1, 0]), "image_shape"),
         (np.zeros((4, 9, 9, 1)), np.array([0, 1, 1, 0]), "source"),
+        (np.zeros((0, *SHAPE)), np.zeros(0, int), "labels"),
+        (np.full((4, *SHAPE), 255), np.array([0, 1, 1, 0]), "pixel_range"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(images, labels, name):
+def test_what_does_not_fit_is_refused_and_nothing_is_spent(
+    monkeypatch, images, labels, name
+):
+    spent = mock.Mock()
+    monkeypatch.setattr(RecordSums, "begin", spent)
     with pytest.raises(ValueError, match=f"`{name}`"):
         distil(images, labels)
+    spent.assert_not_called()
+
+
+def test_small_images_and_a_single_class_are_refused():
+    with pytest.raises(ValueError, match="`image_shape`"):
+        distil(*Bars(4).draw(4, seed=1), source=Bars(4))
+    with pytest.raises(ValueError, match="`num_classes`"):
+        distil(np.zeros((4, *SHAPE)), np.zeros(4, int), num_classes=1)
+
+
+def test_images_that_do_not_fit_are_refused_before_any_release(monkeypatch):
+    monkeypatch.setattr(RecordSums, "begin", mock.Mock())
+    settings = dataclasses.replace(
+        SETTINGS, images_per_class=20_000, candidates=20_000, filters=64
+    )
+    refused = r"`images_per_class`.*at most \d+, which take 4 GiB"
+    with pytest.raises(ValueError, match=refused):
+        distil(*BARS.draw(10, seed=1), settings=settings)
+    RecordSums.begin.assert_not_called()

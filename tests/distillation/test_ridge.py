@@ -43,6 +43,22 @@ def test_one_label_per_input_is_asked_for():
         KernelRidgeClassifier(RBFKernel()).fit(np.zeros((3, 2)), [0, 1])
 
 
+@pytest.mark.parametrize(
+    ("inputs", "labels"),
+    [(np.zeros((0, 2)), []), (np.array([[0.0, np.nan], [1.0, 0.0]]), [0, 1])],
+)
+def test_what_cannot_be_solved_for_is_refused(inputs, labels):
+    with pytest.raises(ValueError, match="`inputs`"):
+        KernelRidgeClassifier(RBFKernel()).fit(inputs, labels)
+
+
+def test_inputs_of_another_shape_are_not_answered():
+    model = KernelRidgeClassifier(RBFKernel()).fit(np.eye(4), np.arange(4) % 2)
+    for other in (np.zeros((3, 1)), np.zeros((3, 2, 2))):
+        with pytest.raises(ValueError, match=r"`inputs`.*\(4,\)"):
+            model.predict(other)
+
+
 def test_before_fit_there_is_no_prediction():
     with pytest.raises(NotFittedError, match="fit"):
         KernelRidgeClassifier(RBFKernel()).predict(np.zeros((1, 2)))

@@ -48,12 +48,26 @@ def test_decoding_inverts_encoding():
         (lambda: CategoricalColumn("x", ("a", "a")), "categories"),
         (lambda: TableEncoder((AGE, AGE)), "columns"),
         (lambda: TableEncoder((AGE,)).encode({"size": [1]}), "table"),
+        (lambda: TableEncoder((AGE,)).encode({"age": 3.0}), "table"),
+        (lambda: TableEncoder((AGE,)).encode({"age": [[3.0]]}), "table"),
+        (
+            lambda: TableEncoder((AGE, COLOUR)).encode({"age": [1], "colour": "ab"}),
+            "table",
+        ),
+        (lambda: TableEncoder((AGE,)).encode({"age": ["old"]}), "age"),
         (lambda: TableEncoder((AGE,)).decode(np.zeros((2, 2))), "vectors"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(make, name):
     with pytest.raises(ValueError, match=f"`{name}`"):
         make()
+
+
+def test_a_refusal_quotes_no_value_of_the_table():
+    with pytest.raises(ValueError, match="`age`") as refused:
+        TableEncoder((AGE,)).encode({"age": [1.0, "secret"]})
+    assert "secret" not in str(refused.value)
+    assert refused.value.__suppress_context__
 
 
 def test_a_real_table_distilled_to_a_few_rows_trains_a_classifier():
