@@ -24,6 +24,7 @@ from dp_transcribe.distillation.dataset import DistilledDataset, balanced_labels
 from dp_transcribe.distillation.kernels import LARGEST, embed_in_batches
 from dp_transcribe.distillation.linear import check_labels
 from dp_transcribe.distillation.random_networks import RandomConvNets
+from dp_transcribe.distillation.releases import handing_over
 from dp_transcribe.distillation.synthesis import (
     ImageSource,
     check_images,
@@ -126,6 +127,9 @@ def distill_means(
     Raises:
         ValueError: an argument is out of range. Nothing was spent.
 
+        Whatever is raised after the release, an interruption too, has an attribute
+        `released`: the noisy `ClassMeans` with their statement.
+
     **Privacy**: unit `RECORD`, zero-out; the statement is in the result.
 
     References:
@@ -164,8 +168,11 @@ def distill_means(
         seed=seed,
     )
     _LOGGER.info("The means are released; nothing private is read any more.")
-    start = public[first_images(released, directions, public, settings)]
-    support = _match(start, kernel, directions, released.means, settings, public_seed)
+    with handing_over(released):
+        start = public[first_images(released, directions, public, settings)]
+        support = _match(
+            start, kernel, directions, released.means, settings, public_seed
+        )
     return DistilledDataset(
         images=support,
         labels=balanced_labels(settings.images_per_class, num_classes),

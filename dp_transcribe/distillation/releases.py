@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import dp_accounting
@@ -172,6 +173,27 @@ class RecordSums:
                 "release to the ledger."
             )
         return self._number
+
+
+@contextlib.contextmanager
+def handing_over(released: object) -> Iterator[None]:
+    """Leaves what was paid for to whoever catches an error of what is made of it.
+
+    Args:
+        released: becomes the attribute `released` of any exception in the block, of an
+            interruption as well.
+
+    **Privacy**: `released` must be private already.
+    """
+    try:
+        yield
+    except BaseException as error:
+        error.released = released  # type: ignore[attr-defined]
+        error.add_note(
+            "What was released before is paid for: this exception keeps it, as its "
+            "attribute `released`."
+        )
+        raise
 
 
 def sampling_rate(value: float) -> float:

@@ -1,6 +1,7 @@
 """From private images to distilled ones, end to end, and the result object."""
 
 import dataclasses
+import importlib
 from pathlib import Path
 from unittest import mock
 
@@ -25,6 +26,7 @@ from dp_transcribe.distillation import (
     distill,
     embed_in_batches,
     kernel_for_domain,
+    synthesize,
 )
 from dp_transcribe.distillation.distill import public_whitening
 from dp_transcribe.distillation.releases import RecordSums
@@ -271,6 +273,22 @@ def test_records_that_do_not_fit_are_refused_and_nothing_is_spent(
     with pytest.raises(ValueError, match=f"`{name}`"):
         distil(images, labels)
     spent.assert_not_called()
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_failure_after_the_fit_hands_the_model_over(monkeypatch, error):
+    images, labels = BARS.draw(300, seed=1)
+    with monkeypatch.context() as broken:
+        # The package's attribute of that name is the function.
+        module = importlib.import_module("dp_transcribe.distillation.distill")
+        broken.setattr(module, "synthesize", mock.Mock(side_effect=error))
+        with pytest.raises(error) as failed:
+            distil(images, labels)
+    model, whitening = failed.value.released
+    assert 0.99 < model.privacy_statement().epsilon <= 1.0
+    weights = INTERCEPT.weights(*whitening.plain_weights(model))
+    made, _ = synthesize(weights, INTERCEPT, BARS, settings=SETTINGS.synthesis, seed=3)
+    np.testing.assert_array_equal(made, distil(images, labels)[0].images)
 
 
 def test_public_images_out_of_range_and_a_single_class_are_refused():

@@ -297,6 +297,20 @@ def test_what_does_not_fit_is_refused_and_nothing_is_spent(
     spent.assert_not_called()
 
 
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("step", ["first_images", "_match"])
+def test_a_failure_after_the_release_hands_the_means_over(
+    monkeypatch, records, step, error
+):
+    images, labels = (part[:200] for part in records)
+    target = f"dp_transcribe.distillation.matching.{step}"
+    monkeypatch.setattr(target, mock.Mock(side_effect=error))
+    with pytest.raises(error) as failed:
+        distil(images, labels)
+    assert failed.value.released.means.shape == (2, SETTINGS.directions)
+    assert 0.99 < failed.value.released.statement.epsilon <= 1.0
+
+
 def test_small_images_and_a_single_class_are_refused():
     with pytest.raises(ValueError, match="`image_shape`"):
         distil(*Bars(4).draw(4, seed=1), source=Bars(4))
