@@ -46,7 +46,7 @@ def pretrain_by_teacher(
 
     Raises:
         ValueError: the teacher is an ensemble, whose guarantee this would break, or
-            the objective asks for what it does not have.
+            has no gradient, or the objective asks for what it does not have.
 
     References:
         DAFL, arXiv:1904.01186; DeepInversion, arXiv:1912.08795; as pretraining:
@@ -56,6 +56,8 @@ def pretrain_by_teacher(
     positive_int("batch_size", batch_size)
     positive_finite("learning_rate", learning_rate)
     _refuse_ensemble(teacher)
+    teacher.check_in_graph()
+    _refuse_steps(teacher, generator)
     has_statistics = _has_batch_norm(teacher.model)
     if objective is None:
         weight = 1.0 if has_statistics else 0.0
@@ -90,6 +92,22 @@ def _refuse_ensemble(teacher: Any) -> None:
     if hasattr(teacher, "num_teachers"):
         mend = "Let the student guide the generator: it has learnt released answers."
         expected = "one teacher; an ensemble guides no generator"
+        raise invalid("teacher", teacher, expected, mend)
+
+
+def _refuse_steps(teacher: Any, generator: Any) -> None:
+    """A teacher that gives classes, or leaves TensorFlow, says not where to go."""
+    images = generator(*generator.draw_inputs(2, tf.constant([0, 0])))
+    with tf.GradientTape() as tape:
+        tape.watch(images)
+        logits = teacher.logits(images)
+    try:
+        gradient = tape.gradient(logits, images)
+    except LookupError:  # an operation without a gradient
+        gradient = None
+    if gradient is None:
+        mend = "Let the student guide the generator, as `dpsd` and `dpdfd` do."
+        expected = "a teacher whose answers have a gradient"
         raise invalid("teacher", teacher, expected, mend)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import keras
 
 from dp_transcribe import _validate
+from dp_transcribe.compatibility import check_source
 from dp_transcribe.ensembles import TeacherEnsemble
 from dp_transcribe.generators.base import ProceduralGenerator
 from dp_transcribe.generators.conv_generator import ConvGenerator
@@ -108,7 +109,9 @@ def dpdfd(
         arXiv:2304.12528. The pool of queries, the public prior and the averaged
         iterates are this library's.
     """
-    teacher = as_teacher(teacher)
+    teacher = _checked(teacher, prior, epochs, steps_per_epoch)
+    _validate.positive_int("pool_size", pool_size)
+    _validate.positive_int("batch_size", batch_size)
     balance_classes = student is not None
     if student is None:
         student = _wavelet_student(teacher, prior, {"units": units})
@@ -163,8 +166,9 @@ def srr(
     References:
         arXiv:2409.12384; randomised response of arXiv:2102.06062.
     """
-    teacher = as_teacher(teacher)
+    teacher = _checked(teacher, prior, epochs, steps_per_epoch)
     generator = generator or _pretrained(teacher, prior, seed)
+    check_source("generator", generator, teacher, trained=True)
     pretrain_by_teacher(generator, teacher, steps=PRETRAINING_STEPS, seed=seed or 0)
     return _by_answers(
         teacher,
@@ -220,6 +224,7 @@ def dpsd(
         "label": SelectiveRandomizedResponse(smoothing=SMOOTHING),
     }
     mechanism = mechanisms[_validate.one_of("protect", protect, mechanisms)]
+    teacher = _checked(teacher, prior, epochs, steps_per_epoch)
     return _by_answers(
         teacher,
         prior,
@@ -269,7 +274,7 @@ def transcribe_private_teacher(
     Raises:
         ValueError: the teacher has no statement.
     """
-    teacher = as_teacher(teacher)
+    teacher = _checked(teacher, prior, epochs, steps_per_epoch)
     statement = check_inheritable(teacher.statement, "teacher.statement")
     return _by_answers(
         teacher,
@@ -331,13 +336,15 @@ def pate(
         arXiv:1610.05755, arXiv:1802.08908, with random processes in place of the real
         images that PATE asks about.
     """
+    num_teachers = _num_teachers(ensemble)
+    _checked(ensemble, prior, epochs, steps_per_epoch)
     return _by_answers(
         ensemble,
         prior,
         student,
         generator or prior,
         NoisyVotes(
-            num_teachers=_num_teachers(ensemble),
+            num_teachers=num_teachers,
             released=release,
             threshold=threshold,
             threshold_ratio=threshold_ratio,
@@ -379,6 +386,7 @@ def pate_gradient(
     compose. Student and generator are covered.
     """
     num_teachers = _num_teachers(ensemble)
+    _checked(ensemble, prior, epochs, steps_per_epoch)
     if student is None:
         student = _wavelet_student(ensemble, prior, LINEAR)
     rate = keras.optimizers.schedules.CosineDecay(
@@ -395,6 +403,15 @@ def pate_gradient(
         schedule=(epochs, steps_per_epoch),
         seed=seed,
     )
+
+
+def _checked(teacher: Any, prior: Any, epochs: int, steps_per_epoch: int) -> Teacher:
+    """The teacher, of whose images the prior is; before minutes of pretraining."""
+    teacher = as_teacher(teacher)
+    check_source("prior", prior, teacher)
+    _validate.positive_int("epochs", epochs)
+    _validate.positive_int("steps_per_epoch", steps_per_epoch)
+    return teacher
 
 
 def _num_teachers(ensemble: TeacherEnsemble) -> int:
@@ -422,7 +439,6 @@ def _by_answers(
     **kwargs: Any,
 ) -> DPTranscriber:
     """What the methods share that release every answer by itself."""
-    teacher = as_teacher(teacher)
     if student is None:
         student = _wavelet_student(teacher, prior, head)
     epochs, steps_per_epoch = schedule

@@ -72,3 +72,22 @@ def test_bad_numbers_are_refused():
     generator = MLPGenerator((8, 8, 1), latent_dim=4, units=(16,))
     with pytest.raises(ValueError, match="steps"):
         pretrain_by_teacher(generator, _teacher(batch_norm=False), steps=0)
+
+
+def _classes(images):
+    return tf.one_hot(tf.argmax(tf.reshape(images, (-1, 64))[:, :3], -1), 3)
+
+
+def _numpy(images):
+    return np.asarray(images).reshape(-1, 64)[:, :3]
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"), [(_classes, "gradient.*`dpsd`"), (_numpy, "numpy_function")]
+)
+def test_a_teacher_without_a_gradient_guides_nothing(forward, message):
+    teacher = Teacher(forward, input_shape=(8, 8, 1), outputs="logits")
+    generator = MLPGenerator((8, 8, 1), latent_dim=4, units=(16,))
+    with pytest.raises(ValueError, match=f"`teacher`.*{message}"):
+        pretrain_by_teacher(generator, teacher, steps=1)
+    assert not generator.guided_by_teacher

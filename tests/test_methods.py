@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+import tensorflow as tf
 
 import dp_transcribe as dpt
 from dp_transcribe import methods
@@ -99,6 +100,42 @@ def test_a_generator_that_read_the_teacher_is_not_exported(tmp_path):
 def test_unknown_protection_is_refused():
     with pytest.raises(ValueError, match="protect"):
         dpt.dpsd(tiny.linear_teacher(), SmoothNoise(tiny.IMAGE), protect="both")
+
+
+@pytest.mark.parametrize(
+    ("prior", "message"),
+    [
+        (None, "the method `sample`"),
+        ("strokes", "the method `sample`"),
+        (SmoothNoise, "image_shape="),
+        (SmoothNoise((9, 9, 1)), "image_shape="),
+        (SmoothNoise(tiny.IMAGE, output_range=(-1.0, 1.0)), "output_range="),
+    ],
+)
+@pytest.mark.parametrize("method", [dpt.dpdfd, dpt.srr, dpt.dpsd])
+def test_a_prior_that_makes_no_images_of_the_teacher_is_refused(method, prior, message):
+    with pytest.raises(ValueError, match=f"`prior`.*{message}"):
+        method(tiny.linear_teacher(), prior)
+
+
+@pytest.mark.parametrize("name", ["epochs", "steps_per_epoch", "pool_size"])
+def test_a_run_of_no_steps_or_queries_is_refused(name):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        dpt.dpdfd(tiny.linear_teacher(), SmoothNoise(tiny.IMAGE), **{name: 0})
+
+
+def test_srr_refuses_a_generator_or_teacher_that_cannot_be_guided():
+    prior, student = SmoothNoise(tiny.IMAGE), tiny.linear_model()
+    with pytest.raises(ValueError, match="`generator`.*`draw_inputs`"):
+        dpt.srr(tiny.linear_teacher(), prior, student=student, generator=prior)
+    blind = Teacher(
+        lambda x: tf.round(tf.reshape(x, (-1, tiny.PIXELS))[:, :10]),
+        input_shape=tiny.IMAGE,
+        outputs="logits",
+    )
+    generator = MLPGenerator(tiny.IMAGE, latent_dim=4, units=(8,))
+    with pytest.raises(ValueError, match="`teacher`.*gradient"):
+        dpt.srr(blind, prior, student=student, generator=generator)
 
 
 def test_a_private_teacher_is_transcribed_under_its_own_statement():
