@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
-import numpy as np
-import tensorflow as tf
 
 from dp_transcribe import _validate
 from dp_transcribe.generators.trial import check_draws
@@ -51,13 +50,33 @@ def check_dtype(policy: Any) -> None:
         raise _validate.invalid("dtype", policy.name, "no float16 policy", mend)
 
 
-def check_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
-    """Refuses one that divides noisy gradients by the scale of a loss nobody scaled."""
+def check_optimizer(name: str, optimizer: Any, variables: Sequence[Any]) -> None:
+    """Refuses an optimizer that would fail, or not descend, when a step is paid for.
+
+    Args:
+        name: the argument.
+        optimizer: what was given for it.
+        variables: what it is to train.
+
+    Raises:
+        ValueError: it is no optimizer, divides gradients by the scale of a loss that
+            nobody scaled, or was built for other variables.
+    """
+    mend = "Give an optimizer or its name, such as 'adam'."
+    _validate.instance_of(name, optimizer, keras.optimizers.Optimizer, mend)
     scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
     if scales or getattr(optimizer, "loss_scale_factor", None):
         mend = "Losses are not scaled here: take the optimizer itself."
         expected = "an optimizer without loss scaling"
-        raise _validate.invalid("student_optimizer", optimizer, expected, mend)
+        raise _validate.invalid(name, optimizer, expected, mend)
+    # Keras says for which variables it was built nowhere else.
+    known = {id(variable) for variable in optimizer._trainable_variables}
+    if optimizer.built and any(id(variable) not in known for variable in variables):
+        mend = (
+            "Call `compile` with a new one: it keeps slots for what it was built for."
+        )
+        expected = "an optimizer that was not built for other variables"
+        raise _validate.invalid(name, optimizer, expected, mend)
 
 
 def check_own_optimizer(generator_optimizer: Any, student_optimizer: Any) -> None:
@@ -67,37 +86,22 @@ def check_own_optimizer(generator_optimizer: Any, student_optimizer: Any) -> Non
         raise _validate.invalid("generator_optimizer", generator_optimizer, expected)
 
 
-def check_validation_data(data: Any, teacher: Teacher) -> None:
-    """Refuses what would fail at the end of an epoch, when it has been paid for.
+def check_measures(loss: Any, *metrics: Any, own: Iterable[str]) -> None:
+    """Refuses losses for several outputs, and metrics under names that are taken.
 
     Args:
-        data: None, `(images, labels)`, the same with weights, or a `tf.data.Dataset` of
-            batches of that; of anything else Keras judges.
-        teacher: whose images and classes they are to be of.
+        loss: of `evaluate`.
+        *metrics: of `evaluate`, as Keras takes them.
+        own: the names under which a run reports itself.
     """
-    batches = isinstance(data, tf.data.Dataset)
-    parts = data.element_spec if batches else data
-    if not isinstance(parts, (tuple, list)):
-        return
-    shapes = [
-        part.shape if isinstance(part, tf.TypeSpec) else tf.TensorShape(np.shape(part))
-        for part in parts
-    ]
-    wanted = (None, *teacher.input_shape)
-    fits = len(parts) in (2, 3) and shapes[0].is_compatible_with(wanted)
-    if not fits or any(
-        not shape[:1].is_compatible_with(shapes[0][:1]) for shape in shapes[1:]
-    ):
-        expected = f"(images, labels), as many of each, with images of shape {wanted}"
-        found = f"shapes {[str(shape) for shape in shapes]}"
-        raise _validate.invalid("validation_data", found, expected)
-    labels = np.zeros(0) if batches else np.asarray(parts[1])
-    if labels.dtype.kind not in "iu" or labels.ndim != 1 or not len(labels):
-        return
-    if not 0 <= labels.min() <= labels.max() < teacher.num_classes:
-        expected = f"labels 0..{teacher.num_classes - 1}"
-        found = f"labels {labels.min()}..{labels.max()}"
-        raise _validate.invalid("validation_data", found, expected)
+    if isinstance(loss, (dict, list, tuple)):
+        raise _validate.invalid("loss", loss, "one loss: the student has one output")
+    for metric in keras.tree.flatten(metrics):
+        name = getattr(metric, "name", None) or getattr(metric, "__name__", metric)
+        if name in own:
+            mend = "It is what a run reports of itself; give the metric another name."
+            expected = f"no metric of the name {name!r}"
+            raise _validate.invalid("metrics", metric, expected, mend)
 
 
 def check_learns(student: keras.Model) -> None:

@@ -36,6 +36,13 @@ from dp_transcribe.privacy.inheritance import inherit
 from dp_transcribe.privacy.ledger import Ledger
 from dp_transcribe.privacy.statement import PrivacyStatement, statement_from_ledger
 from dp_transcribe.queries import FreshQueries, Queries, QueryPool
+from dp_transcribe.rehearsal import (
+    check_callbacks,
+    check_checkpoint_path,
+    check_frequency,
+    check_no_data,
+    try_validation,
+)
 from dp_transcribe.saving import as_bytes, as_text, config_of, made_from, numbered
 from dp_transcribe.students import check_student
 from dp_transcribe.teachers import Teacher, as_teacher
@@ -311,34 +318,50 @@ class DPTranscriber(keras.Model):
         Args:
             student_optimizer: a Keras optimizer; `use_ema=True` averages the noisy
                 iterates at no cost.
-            generator_optimizer: for a trainable generator.
+            generator_optimizer: for a trainable generator; None if none learns.
             loss: of `evaluate` and validation; cross entropy of labels by default.
             metrics: of `evaluate` and validation, for example `["accuracy"]`.
             **kwargs: passed to `keras.Model.compile`. XLA is off on CPUs by default,
                 where it makes convolutions several times slower.
 
         Raises:
-            ValueError: the optimizer scales losses, or one object is to be both, or
-                `optimizer` is given: there are two of them.
+            ValueError: an optimizer scales losses or was built for other variables,
+                or one object is to be both, or `optimizer` is given: there are two of
+                them; a metric has a name under which a run reports itself.
         """
         if "optimizer" in kwargs:
             expected = "`student_optimizer`, and `generator_optimizer` if it learns"
             raise _validate.invalid("optimizer", kwargs["optimizer"], expected)
         student_optimizer = keras.optimizers.get(student_optimizer)
-        compatibility.check_optimizer(student_optimizer)
-        compatibility.check_own_optimizer(generator_optimizer, student_optimizer)
+        generator_optimizer = keras.optimizers.get(generator_optimizer)
+        self._check_optimizers(student_optimizer, generator_optimizer)
         if loss is None:
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        own = {"loss", "epsilon", *self._trackers}
+        compatibility.check_measures(
+            loss, metrics, kwargs.get("weighted_metrics"), own=own
+        )
+        at_once = kwargs.get("steps_per_execution", 1)
+        _validate.positive_int("steps_per_execution", at_once)
         if not tf.config.list_physical_devices("GPU"):
             kwargs.setdefault("jit_compile", False)
         super().compile(
             optimizer=student_optimizer, loss=loss, metrics=metrics, **kwargs
         )
-        self.generator_optimizer = keras.optimizers.get(generator_optimizer)
+        self.generator_optimizer = generator_optimizer
         self._compile_arguments = {"loss": loss, "metrics": metrics, **kwargs}
         self._local_student = LocalCopy(self.student, self._compile_arguments)
         self._build_optimizers()
         self._follow_trainable()
+
+    def _check_optimizers(self, student: Any, generator: Any) -> None:
+        variables = self.student.trainable_variables
+        compatibility.check_optimizer("student_optimizer", student, variables)
+        if generator is None and not self.trains_generator:
+            return
+        variables = self.generator.trainable_variables if self.trains_generator else []
+        compatibility.check_optimizer("generator_optimizer", generator, variables)
+        compatibility.check_own_optimizer(generator, student)
 
     def _follow_trainable(self) -> None:
         """Makes another learner if other weights learn than when it was made."""
@@ -359,7 +382,7 @@ class DPTranscriber(keras.Model):
             alike = keras.saving.serialize_keras_object(self.optimizer)
             self.second_optimizer = keras.saving.deserialize_keras_object(alike)
             self.second_optimizer.build(self.second_student.trainable_variables)
-        if isinstance(self.generator, keras.Model):
+        if isinstance(self.generator, keras.Model) and self.generator_optimizer:
             self.generator_optimizer.build(self.generator.trainable_variables)
 
     def get_compile_config(self) -> dict[str, Any]:
@@ -473,13 +496,16 @@ class DPTranscriber(keras.Model):
 
     def fit(  # type: ignore[override]
         self,
-        *,
+        *data: Any,
         epochs: int | None = None,
         steps_per_epoch: int | None = None,
         target_epsilon: float | None = None,
         delta: float = DEFAULT_DELTA,
         accountant: str = "rdp",
         validation_data: Any = None,
+        validation_batch_size: int | None = None,
+        validation_steps: int | None = None,
+        validation_freq: Any = 1,
         callbacks: Any = None,
         verbose: Any = "auto",
         initial_epoch: int = 0,
@@ -487,7 +513,11 @@ class DPTranscriber(keras.Model):
     ) -> keras.callbacks.History:
         """Transcribes: trains student and generator for a number of steps.
 
+        Before anything is spent, the validation data are measured (of arrays the first
+        batch) and the callbacks are checked: Keras looks at them only after an epoch.
+
         Args:
+            *data: none; refused, as is all else that Keras' `fit` takes with data.
             epochs: number of epochs, as in Keras; by default that of `schedule`.
             steps_per_epoch: `train_step`s per epoch; by default that of `schedule`.
             target_epsilon: never passed, per unit of the mechanism (an answer of
@@ -496,12 +526,18 @@ class DPTranscriber(keras.Model):
             delta: of the target and of the epsilon that is shown.
             accountant: of the target and of the epsilon that is shown: `"rdp"`, or
                 `"pld"`, which is tighter, so needs less noise, and takes seconds.
-            validation_data: `(images, labels)`. What is chosen by it is chosen by
-                data that the guarantee does not cover: say so.
+            validation_data: `(images, labels)`, or a dataset of batches of that. What
+                is chosen by it is chosen by data that the guarantee does not cover:
+                say so. Measured are the weights as they stand; with an optimizer of
+                `use_ema=True` the averages take their place when `fit` ends. The
+                callback `keras.callbacks.SwapEMAWeights()` measures the averages.
+            validation_batch_size: as in Keras.
+            validation_steps: as in Keras.
+            validation_freq: as in Keras.
             callbacks: Keras callbacks.
             verbose: as in Keras.
-            initial_epoch: as in Keras.
-            **kwargs: further arguments of `keras.Model.fit`, for validation.
+            initial_epoch: as in Keras, at most `epochs`.
+            **kwargs: none; refused.
 
         Returns:
             Keras' history. `epsilon` is that at the end of the epoch.
@@ -517,19 +553,29 @@ class DPTranscriber(keras.Model):
         steps_per_epoch = default_steps if steps_per_epoch is None else steps_per_epoch
         _validate.positive_int("epochs", epochs)
         _validate.positive_int("steps_per_epoch", steps_per_epoch)
+        _validate.in_range("initial_epoch", initial_epoch, 0, epochs)
         if not self.compiled:
             raise ValueError("Call `compile` before `fit`.")
-        if data := _DATA & kwargs.keys():
-            expected = "none: `fit` makes its own queries"
-            raise _validate.invalid(
-                ", ".join(sorted(data)), "data or weights", expected
-            )
         require_float32()
+        check_no_data(data, kwargs)
         compatibility.check_learns(self.student)
-        compatibility.check_validation_data(validation_data, self.teacher)
+        self._check_optimizers(self.optimizer, self.generator_optimizer)
         if isinstance(self.teacher, Teacher) and not self.run_eagerly:
             self.teacher.check_in_graph()
         self._check_ledger()
+        validation = {
+            "validation_data": validation_data,
+            "validation_batch_size": validation_batch_size,
+            "validation_steps": validation_steps,
+            "validation_freq": check_frequency(validation_freq),
+        }
+        measured = try_validation(
+            self,
+            validation_data,
+            batch_size=validation_batch_size,
+            steps=validation_steps,
+        )
+        check_callbacks(self, callbacks, measured | self._reported)
         self.budget.plan(
             target_epsilon=target_epsilon,
             delta=delta,
@@ -545,12 +591,18 @@ class DPTranscriber(keras.Model):
                 self._steps(),
                 epochs=epochs,
                 steps_per_epoch=steps_per_epoch,
-                validation_data=validation_data,
                 callbacks=callbacks,
                 verbose=verbose,
                 initial_epoch=initial_epoch,
-                **{"shuffle": False, **kwargs},
+                shuffle=False,
+                **validation,
             )
+
+    @property
+    def _reported(self) -> set[str]:
+        """Names of what a run reports after each epoch, validation aside."""
+        names = {"epsilon", *self._trackers}
+        return names if self.trains_generator else names - {"generator_loss"}
 
     def _prepare(self) -> None:
         """Builds everything that Keras would build from a batch of data."""
@@ -559,12 +611,21 @@ class DPTranscriber(keras.Model):
             self._renew_key()
         self._was_loaded = False
         self._make_learner().prepare()
-        logits = tf.zeros([1, self.teacher.num_classes])
-        _with_labels(logits, lambda y: self.compute_loss(y=y, y_pred=logits))
-        _with_labels(logits, lambda y: self.compute_metrics(None, y, logits))
+        self._build_measures()
         self.reset_metrics()
         if self._has_other_workers:
             check_equal(self.distribute_strategy, self._shared_state())
+
+    def _build_measures(self) -> None:
+        """Builds loss and metrics for labels as the loss takes them: numbers first."""
+        classes = self.teacher.num_classes
+        # One row more than classes: no label passes for a row of logits.
+        logits = tf.zeros([classes + 1, classes])
+        numbers = tf.zeros([classes + 1], tf.int32)
+        forms = [numbers, tf.one_hot(numbers, classes)]
+        done = _first_form(forms, lambda y: self.compute_loss(y=y, y_pred=logits))
+        forms.sort(key=lambda labels: labels is not done)
+        _first_form(forms, lambda y: self.compute_metrics(None, y, logits))
 
     def _renew_key(self) -> None:
         """A new key of the noise, the first worker's on all of them."""
@@ -798,11 +859,21 @@ class DPTranscriber(keras.Model):
 
     def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """As in Keras, to a `.keras` file; see `save_checkpoint`."""
-        if not str(filepath).endswith(".keras"):
-            mend = "Other formats hold neither ledger nor noise key."
-            expected = "a path that ends in .keras"
-            raise _validate.invalid("filepath", str(filepath), expected, mend)
+        check_checkpoint_path("filepath", os.fspath(filepath))
         super().save(filepath, *args, **kwargs)
+
+    def export(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: a transcriber holds the teacher.
+
+        Raises:
+            ValueError: always; `export_student` writes what may leave.
+        """
+        del args, kwargs
+        raise ValueError(
+            "A transcriber is not exported: it holds the teacher. Use "
+            "`dpt.export_student(transcriber, path)`, which writes the student alone, "
+            "with its privacy statement."
+        )
 
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Saves everything to a `.keras` file that is never seen half written.
@@ -811,12 +882,20 @@ class DPTranscriber(keras.Model):
         alone writes.
 
         Args:
-            path: ends in `.keras`. Load it with `keras.saving.load_model`.
+            path: ends in `.keras`. Load it with `keras.saving.load_model`. Its folder
+                is made if it is missing.
 
         **Privacy**: holds the noise key and the teacher; keep it as secret as them.
+
+        Raises:
+            ValueError: the path ends otherwise or cannot be written, or the teacher is
+                no Keras model. What stood at `path` stays.
         """
+        _validate.instance_of("path", path, (str, os.PathLike))
+        check_checkpoint_path("path", os.fspath(path))
         path = pathlib.Path(path)
         if is_chief(self.distribute_strategy):
+            _validate.writable_dir("path", path.parent)
             with replacing(path, secret=True) as partial:
                 self.save(partial, overwrite=True)
         else:
@@ -824,16 +903,16 @@ class DPTranscriber(keras.Model):
                 self.save(pathlib.Path(folder) / path.name)
 
 
-def _with_labels(logits: tf.Tensor, call: Callable[[tf.Tensor], Any]) -> None:
-    """Calls with a label as a number or, where that does not do, as a one-hot row."""
+def _first_form(forms: list[tf.Tensor], call: Callable[[tf.Tensor], Any]) -> tf.Tensor:
+    """Calls with the first form of labels and, where it does not do, with the last."""
     try:
-        call(tf.zeros([1], tf.int32))
+        call(forms[0])
     except (ValueError, TypeError, tf.errors.InvalidArgumentError):
-        call(tf.one_hot([0], logits.shape[-1]))
+        call(forms[-1])
+        return forms[-1]
+    return forms[0]
 
 
-# What Keras' `fit` takes and this one makes itself.
-_DATA = {"x", "y", "batch_size", "class_weight", "sample_weight", "validation_split"}
 # What steps were traced with and what was checked when the transcriber was made.
 _FIXED = (
     "teacher",

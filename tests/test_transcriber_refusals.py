@@ -140,11 +140,32 @@ def test_a_delta_outside_of_zero_to_one_is_refused(delta):
 
 
 @pytest.mark.parametrize("name", ["epochs", "steps_per_epoch"])
-@pytest.mark.parametrize("value", [0, -1, 1.5])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "2", True])
 def test_counts_of_fit_are_checked(name, value):
     model = tiny.transcriber(NormalizedGradient())
     with pytest.raises(ValueError, match=f"`{name}`"):
         model.fit(**{name: value}, target_epsilon=1.0)
+    assert_untouched(model, tiny.flat_weights(model.student))
+
+
+@pytest.mark.parametrize("value", [-1, 3, 0.5, None])
+def test_an_initial_epoch_outside_of_the_run_is_refused(value):
+    model = tiny.transcriber()
+    with pytest.raises(ValueError, match="`initial_epoch`.*0 to 2"):
+        fit(model, epochs=2, initial_epoch=value)
+    assert len(model.ledger) == 0
+    fit(model, epochs=2, initial_epoch=2)
+    assert len(model.ledger) == 0
+
+
+@pytest.mark.parametrize("data", [(np.zeros(3), np.zeros(3)), (10,)])
+def test_data_by_place_are_refused(data):
+    model = tiny.transcriber()
+    with pytest.raises(ValueError, match=r"`x.*its own queries.*fit\(epochs=10"):
+        model.fit(*data)
+    with pytest.raises(TypeError, match="`epoch`"):
+        model.fit(epoch=3)
+    assert len(model.ledger) == 0
 
 
 def test_no_noise_and_no_target_is_refused():
@@ -430,12 +451,88 @@ def test_a_generator_that_cannot_be_asked_is_refused(generator, method):
         )
 
 
+def mlp_generator():
+    return MLPGenerator(tiny.IMAGE, latent_dim=4, units=(8,))
+
+
+def built_for_others():
+    optimizer = keras.optimizers.SGD()
+    optimizer.build(tiny.linear_model(3).trainable_variables)
+    return optimizer
+
+
+def with_loss_scale():
+    return keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
+
+
+@pytest.mark.parametrize("name", ["student_optimizer", "generator_optimizer"])
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (lambda: None, "`Optimizer`"),
+        (with_loss_scale, "without loss scaling"),
+        (lambda: keras.optimizers.SGD(loss_scale_factor=8.0), "without loss scaling"),
+        (built_for_others, "not built for other variables"),
+    ],
+)
+def test_optimizers_that_would_fail_in_a_step_are_refused(name, optimizer, message):
+    model = tiny.transcriber(generator=mlp_generator(), compiled=False)
+    weights = tiny.flat_weights(model.student)
+    with pytest.raises(ValueError, match=f"`{name}`.*{message}"):
+        model.compile(**{name: optimizer()})
+    assert_untouched(model, weights)
+    assert not model.compiled
+
+
+def test_a_generator_that_does_not_learn_needs_no_optimizer(tmp_path):
+    model = tiny.transcriber(compile_arguments={"generator_optimizer": None})
+    fit(model)
+    model.save_checkpoint(tmp_path / "kept.keras")
+    restored = keras.saving.load_model(tmp_path / "kept.keras")
+    assert restored.generator_optimizer is None
+    scaled = {"generator_optimizer": with_loss_scale()}
+    with pytest.raises(ValueError, match="`generator_optimizer`"):
+        tiny.transcriber(compile_arguments=scaled)
+
+
 def test_one_optimizer_for_two_models_is_refused():
     model = tiny.transcriber(NormalizedGradient(noise_multiplier=1.0))
     shared = keras.optimizers.Adam()
     with pytest.raises(ValueError, match="`generator_optimizer`"):
         model.compile(student_optimizer=shared, generator_optimizer=shared)
     model.compile(student_optimizer="adam", generator_optimizer="adam")
+    model.compile(student_optimizer=model.student_optimizer)
+    other = tiny.transcriber(compiled=False)
+    with pytest.raises(ValueError, match="`student_optimizer`.*other variables"):
+        other.compile(student_optimizer=model.student_optimizer)
+
+
+def test_weights_that_learn_anew_need_another_compile():
+    student = tiny.frozen_front_model()
+    model = tiny.transcriber(NoisyAnswer(noise_multiplier=50.0), student=student)
+    student.layers[0].trainable = True
+    weights = tiny.flat_weights(student)
+    with pytest.raises(ValueError, match="`student_optimizer`.*`compile`"):
+        fit(model)
+    assert_untouched(model, weights)
+    model.compile(run_eagerly=True)
+    fit(model)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"metrics": [keras.metrics.SparseCategoricalAccuracy(name="epsilon")]},
+        {"metrics": ["accuracy", keras.metrics.Mean(name="loss")]},
+        {"weighted_metrics": [keras.metrics.Mean(name="agreement")]},
+        {"loss": {"a": "mse"}},
+        {"steps_per_execution": 0},
+    ],
+)
+def test_measures_that_nothing_could_report_are_refused(arguments):
+    name = "metrics" if "weighted_metrics" in arguments else [*arguments][0]
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        tiny.transcriber(compile_arguments=arguments)
 
 
 @pytest.mark.parametrize("name", ["input", "output"])
@@ -454,48 +551,6 @@ def test_a_student_with_two_inputs_or_outputs_is_refused(name):
         )
 
 
-def _batches(images, labels):
-    return tf.data.Dataset.from_tensor_slices((images, labels)).batch(4)
-
-
-IMAGES, LABELS = np.zeros((8, *tiny.IMAGE), np.float32), np.arange(8) % 10
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        (IMAGES[:, :7], LABELS),
-        (IMAGES, LABELS[:7]),
-        (IMAGES,),
-        (IMAGES, LABELS + 5),
-        (IMAGES, LABELS - 1),
-        _batches(IMAGES[:, :7], LABELS),
-    ],
-)
-def test_validation_data_that_fit_nothing_cost_nothing(data):
-    model = tiny.transcriber(NormalizedGradient(noise_multiplier=50.0))
-    weights = tiny.flat_weights(model.student)
-    with pytest.raises(ValueError, match="`validation_data`"):
-        fit(model, target_epsilon=8.0, validation_data=data)
-    assert_untouched(model, weights)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        (IMAGES, LABELS),
-        (IMAGES, LABELS, np.ones(8)),
-        (tf.constant(IMAGES), tf.constant(LABELS)),
-        (IMAGES, LABELS[:, None]),
-        _batches(IMAGES, LABELS),
-    ],
-)
-def test_validation_data_may_have_any_usual_form(data):
-    model = tiny.transcriber(NormalizedGradient(noise_multiplier=50.0))
-    history = fit(model, target_epsilon=8.0, validation_data=data)
-    assert "val_loss" in history.history
-
-
 def test_a_teacher_that_no_graph_can_hold_costs_nothing():
     teacher = dpt.Teacher(
         lambda x: np.asarray(x).reshape(-1, 64)[:, :10], input_shape=tiny.IMAGE
@@ -509,7 +564,7 @@ def test_a_teacher_that_no_graph_can_hold_costs_nothing():
 
 
 def _guided():
-    generator = MLPGenerator(tiny.IMAGE, latent_dim=4, units=(8,))
+    generator = mlp_generator()
     pretrain_by_teacher(generator, tiny.linear_teacher(), steps=1, batch_size=4)
     return generator
 
@@ -518,7 +573,7 @@ def _guided():
 def test_a_generator_that_a_teacher_guided_is_covered_nowhere_else(name):
     guided = _guided()
     restored = MLPGenerator.from_config(guided.get_config())
-    free = MLPGenerator(tiny.IMAGE, latent_dim=4, units=(8,))
+    free = mlp_generator()
     for source in (guided, restored):
         parts = {"generator": free} | {name: source}
         with pytest.raises(ValueError, match=f"`{name}`.*no teacher guided"):

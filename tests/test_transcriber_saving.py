@@ -240,6 +240,36 @@ def test_a_save_that_is_cut_short_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("m.h5", "ends in .keras"),
+        ("", "ends in .keras"),
+        (None, "`str` or `PathLike`"),
+        ("file/m.keras", "writable folder"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_written_there_is_refused(tmp_path, name, message):
+    (tmp_path / "file").touch()
+    path = str(tmp_path / name) if name else name
+    with pytest.raises(ValueError, match=f"`path`.*{message}"):
+        tiny.transcriber().save_checkpoint(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_checkpoint_makes_its_folder(tmp_path):
+    tiny.transcriber().save_checkpoint(tmp_path / "new" / "m.keras")
+    assert (tmp_path / "new" / "m.keras").is_file()
+
+
+def test_export_names_what_exports_the_student_alone(tmp_path):
+    model = tiny.transcriber()
+    model(np.zeros((1, *tiny.IMAGE), np.float32))
+    with pytest.raises(ValueError, match="`dpt.export_student"):
+        model.export(str(tmp_path / "served"))
+    assert not any(tmp_path.iterdir())
+
+
 def test_config_round_trip():
     model = adam_model(
         SelectiveRandomizedResponse(epsilon=1.0, top_k=3),

@@ -1,0 +1,301 @@
+"""What Keras finds wrong only when an epoch has been paid for, tried before.
+
+`fit` looks at its validation data and at most callbacks when the first epoch is over.
+Here they are tried on the student as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from dp_transcribe import _validate
+from dp_transcribe.teachers import Teacher
+
+if TYPE_CHECKING:
+    from dp_transcribe.transcriber import DPTranscriber
+
+_LABELS = (
+    "Labels are whole numbers [rows] with the default loss; one-hot rows need "
+    "`compile(loss=keras.losses.CategoricalCrossentropy(from_logits=True))`."
+)
+
+
+# What Keras' `fit` takes and a transcriber's makes itself.
+_DATA = {
+    "x",
+    "y",
+    "batch_size",
+    "class_weight",
+    "sample_weight",
+    "shuffle",
+    "validation_split",
+}
+
+
+def check_no_data(by_place: tuple[Any, ...], by_name: dict[str, Any]) -> None:
+    """Refuses data, and what else `fit` does not take.
+
+    Args:
+        by_place: positional arguments.
+        by_name: further named arguments.
+
+    Raises:
+        ValueError: there are data, or arguments that go with them.
+        TypeError: there is an argument that `fit` does not know.
+    """
+    if unknown := sorted(by_name.keys() - _DATA):
+        raise TypeError(f"`fit` got an unexpected keyword argument `{unknown[0]}`.")
+    named = {**dict(zip(("x", "y"), by_place, strict=False)), **by_name}
+    if given := dict(sorted(named.items())):
+        found = " and ".join(type(value).__name__ for value in given.values())
+        mend = "Write the names of its arguments: `fit(epochs=10, target_epsilon=1.0)`."
+        expected = "none: `fit` makes its own queries"
+        raise _validate.invalid(", ".join(given), found, expected, mend)
+
+
+def try_validation(
+    owner: DPTranscriber, data: Any, *, batch_size: int | None, steps: int | None
+) -> set[str]:
+    """Measures validation data as `fit` will: of arrays one batch, of others all.
+
+    Args:
+        owner: the compiled transcriber.
+        data: None, or `(images, labels)`, the same with weights, or a
+            `tf.data.Dataset` or `keras.utils.PyDataset` of batches of that.
+        batch_size: rows of a batch of arrays, or None for Keras' default.
+        steps: batches that `fit` will measure, or None for all.
+
+    Returns:
+        The names under which `fit` will report what was measured; none without data.
+
+    Raises:
+        ValueError: an argument is out of range or the data cannot be measured.
+    """
+    for name, value in (
+        ("validation_batch_size", batch_size),
+        ("validation_steps", steps),
+    ):
+        if value is not None:
+            _validate.positive_int(name, value)
+    if data is None:
+        return set()
+    _check_shapes(data, owner.teacher, steps)
+    measured = _Batches()
+    images, labels, weights = keras.utils.unpack_x_y_sample_weight(data)
+    try:
+        results = owner.evaluate(
+            x=images,
+            y=labels,
+            sample_weight=weights,
+            batch_size=batch_size,
+            steps=1 if isinstance(data, (tuple, list)) else steps,
+            callbacks=[measured],
+            verbose=0,
+            return_dict=True,
+        )
+    except Exception as error:  # whatever Keras, a loss or a metric raises
+        found = f"{_described(data)}, on which `evaluate` fails: {_first_line(error)}"
+        raise _refused(found) from error
+    if not measured.count or np.isnan(results["loss"]):
+        raise _refused(f"{_described(data)}, {measured.count} batches, {results}")
+    return {f"val_{name}" for name in results}
+
+
+def check_frequency(value: Any) -> int | list[int]:
+    """The epochs after which Keras validates, in the types that it takes."""
+    if isinstance(value, (list, tuple, set, range)):
+        return [_validate.positive_int("validation_freq", epoch) for epoch in value]
+    return _validate.positive_int("validation_freq", value)
+
+
+def check_callbacks(owner: DPTranscriber, callbacks: Any, reported: set[str]) -> None:
+    """Refuses callbacks that would fail when an epoch has been paid for, or do nothing.
+
+    Args:
+        owner: the transcriber they are for, with its metrics built.
+        callbacks: as `fit` takes them.
+        reported: the names that `fit` will report after an epoch.
+
+    Raises:
+        ValueError: one of them watches what is not reported, or would write where
+            nothing can be written, or needs another optimizer.
+    """
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks = callbacks.callbacks
+    known = True
+    for callback in keras.tree.flatten(callbacks):
+        if callback is None:
+            continue
+        mend = "Pass an object, not its class."
+        _validate.instance_of("callbacks", callback, keras.callbacks.Callback, mend)
+        if isinstance(callback, _WATCHERS):
+            _check_watched(owner, callback, reported if known else None)
+        if isinstance(callback, keras.callbacks.ModelCheckpoint):
+            _check_checkpoint(owner, callback, reported if known else None)
+        if isinstance(callback, keras.callbacks.BackupAndRestore):
+            _validate.writable_dir("backup_dir", callback.backup_dir)
+        _check_optimizer_of(owner.optimizer, callback)
+        # One of the user's own may report more to those that come after it.
+        known = known and _is_of_keras(callback)
+
+
+class _Batches(keras.callbacks.Callback):
+    """Counts the batches that were measured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
+        """One more."""
+        del batch, logs
+        self.count += 1
+
+
+def _check_shapes(data: Any, teacher: Teacher, steps: int | None) -> None:
+    """Refuses data that are no rows of images and labels, as far as shapes tell."""
+    if isinstance(data, Iterator):
+        mend = "The trial would take its first batch."
+        raise _refused("an iterator, which gives its batches once", mend)
+    batches = isinstance(data, tf.data.Dataset)
+    parts = data.element_spec if batches else data
+    if not isinstance(parts, (tuple, list)):
+        return
+    shapes = _shapes(parts)
+    wanted = (None, *teacher.input_shape)
+    fits = len(parts) in (2, 3) and shapes[0].is_compatible_with(wanted)
+    if not fits or any(
+        not shape[:1].is_compatible_with(shapes[0][:1]) for shape in shapes[1:]
+    ):
+        expected = f"(images, labels), as many of each, with images of shape {wanted}"
+        raise _validate.invalid("validation_data", _described(data), expected)
+    count = len(parts[1]) if not batches else int(data.cardinality())
+    if count == 0:
+        raise _refused(f"{_described(data)}, no rows")
+    if count == tf.data.INFINITE_CARDINALITY and steps is None:
+        raise _refused("a dataset without end", "Pass `validation_steps`, too.")
+    if not batches:
+        _check_labels(np.asarray(parts[1]), teacher.num_classes)
+
+
+def _check_labels(labels: np.ndarray, num_classes: int) -> None:
+    """Refuses labels `[rows]` or `[rows, 1]` that number no class."""
+    numbers = labels.dtype.kind in "iuf" and labels.size == len(labels)
+    if not numbers or np.isin(labels, np.arange(num_classes)).all():
+        return
+    expected = f"whole labels 0..{num_classes - 1}"
+    found = f"labels {labels.min()}..{labels.max()} of type {labels.dtype}"
+    raise _validate.invalid("validation_data", found, expected)
+
+
+def _shapes(parts: Any) -> list[tf.TensorShape]:
+    return [
+        part.shape if isinstance(part, tf.TypeSpec) else tf.TensorShape(np.shape(part))
+        for part in parts
+    ]
+
+
+def _described(data: Any) -> str:
+    """The shapes of data, or their kind."""
+    parts = data.element_spec if isinstance(data, tf.data.Dataset) else data
+    if isinstance(parts, (tuple, list)):
+        return f"shapes {[str(shape) for shape in _shapes(parts)]}"
+    return type(data).__name__
+
+
+def _refused(found: str, mend: str = _LABELS) -> ValueError:
+    expected = (
+        "(images, labels), or a `tf.data.Dataset` or `keras.utils.PyDataset` of "
+        "batches of them, that `evaluate` can measure"
+    )
+    return _validate.invalid("validation_data", found, expected, mend)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+# What looks at a reported number by its name.
+_WATCHERS = (
+    keras.callbacks.EarlyStopping,
+    keras.callbacks.ReduceLROnPlateau,
+    keras.callbacks.ModelCheckpoint,
+)
+
+
+def _is_of_keras(callback: keras.callbacks.Callback) -> bool:
+    """Whether it is known to report nothing more."""
+    of_keras = type(callback).__module__.partition(".")[0] == "keras"
+    return of_keras and not isinstance(callback, keras.callbacks.LambdaCallback)
+
+
+def _check_watched(
+    owner: DPTranscriber, callback: Any, reported: set[str] | None
+) -> None:
+    """Refuses a watcher of what is not reported, or with no direction.
+
+    A `ModelCheckpoint` that keeps every epoch watches nothing, but wants a direction.
+    """
+    keeps_all = not getattr(callback, "save_best_only", True)
+    if reported is not None and callback.monitor not in reported and not keeps_all:
+        mend = "Names with `val_` need `validation_data`."
+        expected = f"one of {', '.join(sorted(reported))}"
+        raise _validate.invalid("monitor", callback.monitor, expected, mend)
+    trial = copy.copy(callback)
+    trial.set_model(owner)
+    try:
+        # Keras asks for it at the end of the first epoch.
+        trial._set_monitor_op()
+    except ValueError as error:
+        expected = f"'min' or 'max' with monitor={callback.monitor!r}"
+        raise _validate.invalid("mode", callback.mode, expected) from error
+
+
+def _check_checkpoint(
+    owner: DPTranscriber, callback: Any, reported: set[str] | None
+) -> None:
+    """Refuses a path at which nothing could be saved, or what cannot be saved whole."""
+    path = callback.filepath
+    if not callback.save_weights_only:
+        check_checkpoint_path("filepath", path)
+        owner.get_config()
+    if reported is not None:
+        try:
+            path.format(epoch=1, batch=1, **dict.fromkeys(reported, 0.0))
+        except (LookupError, ValueError) as error:
+            names = ", ".join(sorted({"epoch", *reported}))
+            expected = f"a path in which names in braces are among {names}"
+            raise _validate.invalid("filepath", path, expected) from error
+    # What follows in braces is known only later.
+    fixed = f"{path.partition('{')[0]}_"
+    if "://" not in path:
+        _validate.writable_dir("filepath", Path(fixed).parent)
+
+
+def check_checkpoint_path(name: str, path: str) -> None:
+    """Refuses formats that hold neither ledger nor noise key."""
+    if not path.endswith(".keras"):
+        mend = "Other formats hold neither ledger nor noise key."
+        raise _validate.invalid(name, path, "a path that ends in .keras", mend)
+
+
+def _check_optimizer_of(
+    optimizer: keras.optimizers.Optimizer, callback: keras.callbacks.Callback
+) -> None:
+    """Refuses callbacks that need another optimizer than there is."""
+    name = type(callback).__name__
+    scheduled = isinstance(optimizer.get_config().get("learning_rate"), dict)
+    if isinstance(callback, keras.callbacks.ReduceLROnPlateau) and scheduled:
+        mend = "Its learning rate follows a schedule, which nothing else can change."
+        expected = "an optimizer whose learning rate is a number"
+        raise _validate.invalid("callbacks", name, expected, mend)
+    if isinstance(callback, keras.callbacks.SwapEMAWeights) and not optimizer.use_ema:
+        raise _validate.invalid("callbacks", name, "an optimizer with `use_ema=True`")
