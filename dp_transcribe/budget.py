@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from typing import Any
@@ -43,7 +44,7 @@ class Budget:
     def __init__(
         self, mechanism: Mechanism, queries: Queries, student_updates: int
     ) -> None:
-        self.mechanism = mechanism
+        self.mechanism = self._offered = mechanism
         self.queries = queries
         self.ledger = Ledger()
         self.delta: float | None = None
@@ -73,7 +74,7 @@ class Budget:
         """
         if not (mechanism == self.mechanism and self.ledger.continues(ledger)):
             self.ledger, self.pool_number = ledger, 0
-        self.mechanism = mechanism
+        self.mechanism = self._offered = mechanism
         self.pool_number = max(self.pool_number, pool_number)
 
     def close_pool(self) -> None:
@@ -92,6 +93,9 @@ class Budget:
     ) -> None:
         """Computes noise and allowance for a run; refuses one that cannot begin.
 
+        A refusal leaves the budget as it was, and noise that nothing was spent with
+        yet is computed anew.
+
         Args:
             target_epsilon: never passed, or None for no limit but the pool's own.
             delta: of the target.
@@ -104,16 +108,19 @@ class Budget:
             BudgetExceededError: not even one step fits the target.
             ValueError: an argument is out of range. Nothing was spent, either way.
         """
-        self.delta = _validate.fraction_open("delta", delta)
-        self.accountant = _validate.one_of("accountant", accountant, ACCOUNTANTS)
-        self._steps_at_once = steps_at_once
+        trial = copy.copy(self)
+        trial.delta = _validate.fraction_open("delta", delta)
+        trial.accountant = _validate.one_of("accountant", accountant, ACCOUNTANTS)
+        trial._steps_at_once = steps_at_once
         executions = -(-steps_per_epoch // steps_at_once)
-        self._horizon = executions * self._releases_at_once
-        self._planned = self._horizon * epochs
-        self._calibrate(target_epsilon)
-        self._target = target_epsilon
-        self._allowed = self._releases_within(target_epsilon)
-        self._shown_until = 0
+        trial._horizon = executions * trial._releases_at_once
+        trial._planned = trial._horizon * epochs
+        trial.mechanism = self._offered
+        trial._calibrate(target_epsilon)
+        trial._target = target_epsilon
+        trial._allowed = trial._releases_within(target_epsilon)
+        trial._shown_until = 0
+        vars(self).update(vars(trial))
 
     def spend(self, steps: int) -> bool:
         """Records what the next steps release; call it before they run.
@@ -124,6 +131,7 @@ class Budget:
         Returns:
             Whether they need a new pool of queries.
         """
+        self._offered = self.mechanism
         self._steps_at_once = steps
         releases = self._releases_at_once
         if self._allowed is None or (self._runs_down and self._allowed < releases):

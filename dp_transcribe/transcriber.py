@@ -678,6 +678,7 @@ class DPTranscriber(keras.Model):
         traced: dict[tuple[bool, int], Any] = {}
 
         def accounted(iterator: Any) -> dict[str, Any]:
+            self._check_optimizers(self.optimizer, self.generator_optimizer)
             learner, steps = self._make_learner(), self.steps_per_execution
             needs_pool = self.budget.spend(steps)
             self.releases.assign(self.ledger.releases(self.mechanism.unit))

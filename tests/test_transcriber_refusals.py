@@ -123,6 +123,28 @@ def test_a_lower_target_than_what_is_spent_is_refused():
     fit(model, target_epsilon=2.0)
 
 
+def test_a_refused_run_fixes_neither_noise_nor_delta():
+    model = tiny.transcriber(NormalizedGradient(), queries=POOL, student_updates=4)
+    with pytest.raises(ValueError, match="updates"):
+        model.compile("sgd", steps_per_execution=3, run_eagerly=True)
+        fit(model, target_epsilon=0.1, delta=1e-9)
+    assert not model.mechanism.is_calibrated
+    assert model.budget.delta is None
+    model.compile("sgd", run_eagerly=True)
+
+    class Fails(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            raise OSError
+
+    with pytest.raises(OSError):
+        fit(model, target_epsilon=0.1, callbacks=[Fails()])
+    fit(model, target_epsilon=2.0)
+    assert 0.1 < model.privacy_statement().epsilon <= 2.0
+    chosen = model.mechanism
+    fit(model, target_epsilon=3.0)
+    assert model.mechanism == chosen
+
+
 @pytest.mark.parametrize("target", [0, -1.0, np.nan, np.inf, "1"])
 def test_a_target_that_is_no_epsilon_is_refused(target):
     model = tiny.transcriber(NormalizedGradient())
@@ -514,6 +536,8 @@ def test_weights_that_learn_anew_need_another_compile():
     weights = tiny.flat_weights(student)
     with pytest.raises(ValueError, match="`student_optimizer`.*`compile`"):
         fit(model)
+    with pytest.raises(ValueError, match="`student_optimizer`.*`compile`"):
+        model.train_on_batch(np.zeros(1))
     assert_untouched(model, weights)
     model.compile(run_eagerly=True)
     fit(model)
