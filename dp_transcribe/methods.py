@@ -8,7 +8,8 @@ Each returns a compiled `DPTranscriber`; call its `fit` with a target epsilon.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -34,8 +35,6 @@ from dp_transcribe.queries import FreshQueries, Queries, QueryPool
 from dp_transcribe.teachers import Teacher, as_teacher
 from dp_transcribe.transcriber import DPTranscriber
 from dp_transcribe.wavelets import wavelet_student, whitening_images
-
-METHODS = ("dpdfd", "srr", "dpsd_data", "dpsd_label")
 
 # A generator is pretrained on the prior by so many updates.
 PRETRAINING_STEPS = 300
@@ -238,6 +237,15 @@ def dpsd(
         head=HIDDEN,
         seed=seed,
     )
+
+
+# The published ones, by name.
+METHODS: dict[str, Callable[..., DPTranscriber]] = {
+    "dpdfd": dpdfd,
+    "srr": srr,
+    "dpsd_data": functools.partial(dpsd, protect="data"),
+    "dpsd_label": functools.partial(dpsd, protect="label"),
+}
 
 
 def transcribe_private_teacher(

@@ -24,7 +24,8 @@ import numpy as np
 from absl import app, flags
 
 import dp_transcribe as dpt
-from dp_transcribe import _validate, cli
+from dp_transcribe import _validate
+from dp_transcribe.auditing import invert_models
 from dp_transcribe.data import DATASETS, PRIOR_DOMAINS, ImageDataset, load_dataset
 from dp_transcribe.distillation import Distillation, kernel_for_domain
 from dp_transcribe.evaluation import (
@@ -40,7 +41,13 @@ from dp_transcribe.evaluation import (
     audit_votes,
     strongest_attack,
 )
-from dp_transcribe.evaluation.report import audit_report, draw_audit
+from dp_transcribe.evaluation.membership import never_seen
+from dp_transcribe.evaluation.report import (
+    audit_report,
+    draw_audit,
+    summary,
+    table,
+)
 from dp_transcribe.generators import MLPGenerator
 from dp_transcribe.generators.priors import default_prior
 from dp_transcribe.mechanisms import (
@@ -68,7 +75,7 @@ OTHERS = {
 FLAGS = flags.FLAGS
 flags.DEFINE_float("epsilon", 1.0, "Target of transcription and audits.")
 flags.DEFINE_float("delta", 1e-5, "Target, strictly between 0 and 1.")
-flags.DEFINE_enum("method", "dpsd_data", list(cli.BUILDERS), "Of the transcription.")
+flags.DEFINE_enum("method", "dpsd_data", list(dpt.METHODS), "Of the transcription.")
 flags.DEFINE_enum("dataset", "mnist", list(DATASETS), "Data set.")
 flags.DEFINE_string("data_dir", None, "Folder prepared by tensorflow-datasets.")
 flags.DEFINE_string("output_dir", "output/audit", "Where the results go.")
@@ -111,7 +118,7 @@ def dense_network(shape: tuple[int, ...], classes: int, *, units: int) -> keras.
 def transcribed(teacher: dpt.Teacher, dataset: ImageDataset) -> dpt.DPTranscriber:
     """The teacher's student, by the method and in the schedule that the flags say."""
     prior = default_prior(teacher.input_shape, domain=PRIOR_DOMAINS[dataset.name])
-    transcriber = cli.BUILDERS[FLAGS.method](
+    transcriber = dpt.METHODS[FLAGS.method](
         teacher,
         prior,
         student=dense_network(teacher.input_shape, teacher.num_classes, units=128),
@@ -177,7 +184,7 @@ def membership(models: dict[str, dpt.Teacher], dataset: ImageDataset) -> dict[st
     """The strongest membership attack on each model."""
     count = FLAGS.train_images
     seen = dataset.train_images[:count], dataset.train_labels[:count]
-    unseen = cli.never_seen(dataset, (FLAGS.shadows + 1) * count, STRANGERS)
+    unseen = never_seen(dataset, (FLAGS.shadows + 1) * count, STRANGERS)
     shadows = []
     for number in range(1, FLAGS.shadows + 1):
         own = slice(number * count, (number + 1) * count)
@@ -202,7 +209,7 @@ def released_by(method: str) -> tuple[Any, Any]:
     teacher = dpt.Teacher(dense_network(TINY, 10, units=4), outputs="logits")
     if method == "srr":  # it would train the generator by the teacher
         return SelectiveRandomizedResponse(smoothing=0.5), FreshQueries()
-    built = cli.BUILDERS[method](teacher, prior, **parts)
+    built = dpt.METHODS[method](teacher, prior, **parts)
     return built.mechanism, built.queries
 
 
@@ -258,8 +265,8 @@ def run() -> dict[str, Any]:
     found = membership(models, dataset)
     audits = canary_audits()
     steps = FLAGS.inversion_steps
-    inversion = cli.invert_models(models, dataset, folder, Inversion(steps=steps))
-    print(cli.table(audits))
+    inversion = invert_models(models, dataset, folder, Inversion(steps=steps))
+    print(table(audits))
     return write_results(folder, dataset, models, found, audits, inversion)
 
 
@@ -283,7 +290,7 @@ def write_results(
     )
     draw_audit(folder / "audit.png", audits, found)
     write_json(folder / "audit.json", report)
-    print(cli.summary(report, str(folder)))
+    print(summary(report, str(folder)))
     return report
 
 

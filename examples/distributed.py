@@ -26,7 +26,7 @@ from absl import app, flags
 
 import dp_transcribe as dpt
 from dp_transcribe import _validate, reporting, workers
-from dp_transcribe.cli import check_fits, load_in_range
+from dp_transcribe.auditing import check_fits, load_in_range
 from dp_transcribe.data import ImageDataset, load_dataset
 from dp_transcribe.export import statements_text
 from dp_transcribe.generators.priors import default_prior

@@ -35,7 +35,7 @@ from absl import app, flags
 
 import dp_transcribe as dpt
 from dp_transcribe import _validate, reporting
-from dp_transcribe.cli import check_fits, load_in_range
+from dp_transcribe.auditing import check_fits, load_in_range
 from dp_transcribe.data import DATASETS, PRIOR_DOMAINS, ImageDataset, load_dataset
 from dp_transcribe.distillation import (
     Distillation,

@@ -15,10 +15,12 @@ import pytest
 import tensorflow as tf
 from scipy.special import expit
 
-from dp_transcribe import cli
+from dp_transcribe import auditing, cli
 from dp_transcribe.data import ImageDataset
 from dp_transcribe.ensembles import TeacherEnsemble
-from dp_transcribe.evaluation import AuditResult, Inversion, invert
+from dp_transcribe.evaluation import AuditResult, Inversion, claims, invert
+from dp_transcribe.evaluation.membership import never_seen
+from dp_transcribe.evaluation.report import table
 from dp_transcribe.export import export_student
 from dp_transcribe.mechanisms import (
     EnsembleGradient,
@@ -34,8 +36,10 @@ from dp_transcribe.privacy import (
     Unit,
     statement_from_ledger,
 )
+from dp_transcribe.programs import EXIT_FLAGGED, EXIT_REFUSED
 from dp_transcribe.queries import FreshQueries, QueryPool
 from dp_transcribe.teachers import Teacher
+from dp_transcribe.transcriber import DPTranscriber
 from tests import tiny
 
 POOL = QueryPool(size=200, batch_size=20, updates=12)
@@ -51,9 +55,9 @@ def small(monkeypatch):
         return images, np.arange(count, dtype=np.int32) % tiny.CLASSES
 
     dataset = ImageDataset("mnist", *part(80), *part(60), tiny.CLASSES, "noise")
-    monkeypatch.setattr(cli, "load_dataset", lambda name, data_dir: dataset)
+    monkeypatch.setattr(auditing, "load_dataset", lambda name, data_dir: dataset)
     few = Inversion(images_per_class=1, steps=2)
-    monkeypatch.setattr(cli, "invert", lambda model, settings: invert(model, few))
+    monkeypatch.setattr(auditing, "invert", lambda model, settings: invert(model, few))
     return dataset
 
 
@@ -119,15 +123,15 @@ def test_without_a_student_the_method_transcribes_one(
             NormalizedGradient(), teacher=teacher, queries=POOL, seed=seed
         )
 
-    monkeypatch.setitem(cli.BUILDERS, "dpdfd", build)
+    monkeypatch.setitem(auditing.METHODS, "dpdfd", build)
     arguments = command(models, tmp_path, "--epochs=1", "--epsilon=1.5")
     monkeypatch.setattr(
-        cli.DPTranscriber,
+        DPTranscriber,
         "fit",
-        functools.partialmethod(cli.DPTranscriber.fit, steps_per_epoch=1, verbose=0),
+        functools.partialmethod(DPTranscriber.fit, steps_per_epoch=1, verbose=0),
     )
     # The audit's own run has a number of steps that it must keep.
-    monkeypatch.setattr(cli, "audit_responses", lambda *_, **__: audited())
+    monkeypatch.setattr(claims, "audit_responses", lambda *_, **__: audited())
     assert cli.main(arguments) == 0
     assert (tmp_path / "audit.json").exists()
 
@@ -152,10 +156,7 @@ def audited(bound=0.3):
     "mechanism", ["ClippedGradient", "NoisyMean + PrivateLinearModel"]
 )
 def test_a_statement_for_records_is_audited_by_what_it_names(mechanism):
-    result = cli.audit_claim(
-        statement_for_records(mechanism),
-        cli.AuditConfig(teacher="unused", canaries=100, seed=1),
-    )
+    result = claims.audit_claim(statement_for_records(mechanism), canaries=100, seed=1)
     assert result.unit is Unit.RECORD
     assert result.mechanism == mechanism
     assert 1.9 < result.claimed_epsilon <= 2.0
@@ -167,10 +168,10 @@ def test_a_statement_for_records_is_audited_by_what_it_names(mechanism):
 def test_a_statement_of_an_ensemble_is_audited_by_its_own_audit(name, monkeypatch):
     asked = {}
     monkeypatch.setitem(
-        cli.RECORD_AUDITS, name, lambda **terms: asked.update(terms) or audited()
+        claims.RECORD_AUDITS, name, lambda **terms: asked.update(terms) or audited()
     )
-    config = cli.AuditConfig(teacher="unused", canaries=64, delta=0.1, seed=1)
-    cli.audit_claim(statement_for_records(name), config)
+    told = statement_for_records(name)
+    claims.audit_claim(told, canaries=64, delta=0.1, seed=1)
     assert asked == {"target_epsilon": 2.0, "delta": 1e-6, "canaries": 64, "seed": 1}
 
 
@@ -185,8 +186,7 @@ def test_what_is_claimed_is_what_the_statement_says(models, noise, flagged):
         details=told.details
         | {"mechanism": mechanism, "queries": queries | {"updates": 40}, "releases": 1},
     )
-    config = cli.AuditConfig(teacher="unused", canaries=2000, delta=0.1, seed=1)
-    result = cli.audit_claim(edited, config)
+    result = claims.audit_claim(edited, canaries=2000, delta=0.1, seed=1)
     assert (result.claimed_epsilon, result.delta) == (1.0, told.delta)
     assert result.flagged is flagged, result
 
@@ -196,25 +196,23 @@ def test_a_claim_of_pure_epsilon_is_audited_without_delta():
     model.fit(target_epsilon=1.0, epochs=1, steps_per_epoch=1, verbose=0)
     told = model.privacy_statement()
     assert told.delta == 0.0
-    config = cli.AuditConfig(teacher="unused", canaries=400, seed=1)
-    result = cli.audit_claim(told, config)
+    result = claims.audit_claim(told, canaries=400, seed=1)
     assert (result.delta, result.claimed_epsilon) == (0.0, told.epsilon)
     assert not result.flagged
 
 
 @pytest.mark.parametrize("name", ["ClassMeans", "DPKIP", "NoisyVotes (votes)"])
 def test_every_statement_for_records_that_is_made_here_has_an_audit(name, monkeypatch):
-    for audit in cli.RECORD_AUDITS:
-        monkeypatch.setitem(cli.RECORD_AUDITS, audit, lambda **_: audited())
+    for audit in claims.RECORD_AUDITS:
+        monkeypatch.setitem(claims.RECORD_AUDITS, audit, lambda **_: audited())
     before = "NoisyVotes (check) + " if "votes" in name else ""
-    config = cli.AuditConfig(teacher="unused", canaries=64, seed=1)
-    assert cli.audit_claim(statement_for_records(before + name), config) == audited()
+    told = statement_for_records(before + name)
+    assert claims.audit_claim(told, canaries=64, seed=1) == audited()
 
 
 def test_a_statement_that_nothing_audits_is_refused():
-    config = cli.AuditConfig(teacher="unused")
     with pytest.raises(ValueError, match="EnsembleGradient"):
-        cli.audit_claim(statement_for_records("NoisySums"), config)
+        claims.audit_claim(statement_for_records("NoisySums"), canaries=64)
 
 
 def statement_for_records(mechanism):
@@ -231,9 +229,9 @@ def statement_for_records(mechanism):
 def test_a_bound_above_the_claim_is_an_exit_status(
     small, models, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(cli, "audit_responses", lambda *_, **__: audited(1.5))
+    monkeypatch.setattr(claims, "audit_responses", lambda *_, **__: audited(1.5))
     arguments = command(models, tmp_path, f"--student={models / 'student' / '1'}")
-    assert cli.main(arguments) == cli.EXIT_FLAGGED
+    assert cli.main(arguments) == EXIT_FLAGGED
     assert "FLAGGED" in capsys.readouterr().out
     assert json.loads((tmp_path / "audit.json").read_text())["flagged"]
 
@@ -250,7 +248,7 @@ def test_a_student_without_its_statement_is_refused(small, models, tmp_path, cap
         ),
     )
     arguments = command(models, tmp_path, f"--student={bare}")
-    assert cli.main(arguments) == cli.EXIT_REFUSED
+    assert cli.main(arguments) == EXIT_REFUSED
     assert "statement.json" in capsys.readouterr().err
 
 
@@ -259,13 +257,13 @@ def test_a_student_without_its_statement_is_refused(small, models, tmp_path, cap
     [("--canaries=0", "canaries"), ("--delta=2", "delta"), ("--epsilon=-1", "epsilon")],
 )
 def test_values_out_of_range_are_refused(models, tmp_path, capsys, flag, named):
-    assert cli.main(command(models, tmp_path, flag)) == cli.EXIT_REFUSED
+    assert cli.main(command(models, tmp_path, flag)) == EXIT_REFUSED
     assert f"`{named}`" in capsys.readouterr().err
 
 
 def test_the_table_marks_what_is_flagged_and_says_infinite_claims():
     claimed_nothing = dataclasses.replace(audited(), claimed_epsilon=math.inf)
-    lines = cli.table(
+    lines = table(
         [("fine", audited()), ("broken", audited(2.0)), ("bare", claimed_nothing)]
     ).splitlines()
     assert [("FLAGGED" in line) for line in lines] == [False, False, True, False]
@@ -282,7 +280,7 @@ def test_shadow_models_find_what_difficulty_hides(small):
         return images, np.zeros(count, np.int32)
 
     dataset = ImageDataset("mnist", *part(600, 1), *part(600, 0), 2, "made")
-    config = cli.AuditConfig(teacher="unused")
+    config = auditing.AuditConfig(teacher="unused")
 
     def model(gain):
         def predict(images):
@@ -293,8 +291,10 @@ def test_shadow_models_find_what_difficulty_hides(small):
         return SimpleNamespace(predict=predict)
 
     models = {"teacher": model(3.0), "student": model(0.0)}
-    plain = cli.membership_of(models, dataset, config)
-    found = cli.membership_of(models, dataset, config, [model(0.0) for _ in range(4)])
+    plain = auditing.membership_of(models, dataset, config)
+    found = auditing.membership_of(
+        models, dataset, config, [model(0.0) for _ in range(4)]
+    )
     assert found.keys() == plain.keys() == models.keys()
     assert found["teacher"].attack == "LiRA, 4 shadow models"
     assert found["teacher"].auc > plain["teacher"].auc + 0.1
@@ -310,10 +310,10 @@ def test_the_command_takes_shadow_models(small, models, tmp_path, capsys):
     report = json.loads((tmp_path / "audit.json").read_text())
     assert report["shadows"] == 2
     assert report["membership"].keys() == {"teacher", "student"}
-    assert cli.main([*arguments, "--shadows", str(paths[0])]) == cli.EXIT_REFUSED
+    assert cli.main([*arguments, "--shadows", str(paths[0])]) == EXIT_REFUSED
     assert "`shadows`" in capsys.readouterr().err
     tiny.linear_model(classes=3).save(paths[1])
-    assert cli.main([*arguments, "--shadows", *map(str, paths)]) == cli.EXIT_REFUSED
+    assert cli.main([*arguments, "--shadows", *map(str, paths)]) == EXIT_REFUSED
     assert "`shadows`" in capsys.readouterr().err
 
 
@@ -333,7 +333,7 @@ def test_students_of_teachers_on_shards_are_attacked(
     tiny.fit(transcriber, 2, target_epsilon=2.0, delta=1e-5)
     export_student(transcriber, tmp_path / "student" / "1")
     transcriber.save_checkpoint(tmp_path / "checkpoint.keras")
-    monkeypatch.setitem(cli.RECORD_AUDITS, mechanism.__name__, lambda **_: audited())
+    monkeypatch.setitem(claims.RECORD_AUDITS, mechanism.__name__, lambda **_: audited())
     checkpoint = ["audit", f"--teacher={tmp_path / 'checkpoint.keras'}"]
     arguments = [*checkpoint, f"--output_dir={tmp_path / 'out'}"]
     assert cli.main([*arguments, f"--student={tmp_path / 'student' / '1'}"]) == 0
@@ -343,9 +343,9 @@ def test_students_of_teachers_on_shards_are_attacked(
     votes = ensemble.predict(small.train_images)
     asked = []
     monkeypatch.setattr(
-        cli, "ask", lambda predict, *_: asked.append(predict(small.train_images))
+        auditing, "ask", lambda predict, *_: asked.append(predict(small.train_images))
     )
-    monkeypatch.setattr(cli, "strongest_attack", lambda *_: sys.exit("asked"))
+    monkeypatch.setattr(auditing, "strongest_attack", lambda *_: sys.exit("asked"))
     with pytest.raises(SystemExit, match="asked"):
         cli.main([*arguments, f"--student={tmp_path / 'student' / '1'}"])
     np.testing.assert_allclose(asked[0], votes, atol=1e-6)
@@ -356,13 +356,13 @@ def test_teachers_on_shards_need_their_student(small, ensemble, tmp_path, capsys
     transcriber.save_checkpoint(tmp_path / "checkpoint.keras")
     arguments = ["audit", f"--teacher={tmp_path / 'checkpoint.keras'}"]
     arguments.append(f"--output_dir={tmp_path / 'out'}")
-    assert cli.main(arguments) == cli.EXIT_REFUSED
+    assert cli.main(arguments) == EXIT_REFUSED
     assert "`student`" in capsys.readouterr().err
-    assert cli.main([*arguments, "--teacher_range=0,255"]) == cli.EXIT_REFUSED
+    assert cli.main([*arguments, "--teacher_range=0,255"]) == EXIT_REFUSED
     assert "`teacher_range`" in capsys.readouterr().err
     damaged = (tmp_path / "checkpoint.keras").read_bytes()[:3000]
     (tmp_path / "checkpoint.keras").write_bytes(damaged)
-    assert cli.main(arguments) == cli.EXIT_REFUSED
+    assert cli.main(arguments) == EXIT_REFUSED
     assert "`teacher`" in capsys.readouterr().err
 
 
@@ -385,12 +385,12 @@ def test_teacher_and_student_are_attacked_in_their_range(small, models, tmp_path
     arguments[1] = f"--teacher={tmp_path / 'bytes.keras'}"
     assert cli.main([*arguments, "--teacher_range=0,255"]) == 0
     found = json.loads((tmp_path / "out" / "audit.json").read_text())["membership"]
-    config = cli.AuditConfig(teacher="unused")
-    expected = cli.membership_of({"teacher": plain}, small, config)["teacher"]
+    config = auditing.AuditConfig(teacher="unused")
+    expected = auditing.membership_of({"teacher": plain}, small, config)["teacher"]
     assert found["teacher"]["auc"] == pytest.approx(expected.auc)
     student = Teacher(transcriber.student, outputs="logits")
     wide = small.in_range((0.0, 255.0))
-    expected = cli.membership_of({"student": student}, wide, config)["student"]
+    expected = auditing.membership_of({"student": student}, wide, config)["student"]
     assert found["student"]["auc"] == pytest.approx(expected.auc, abs=1e-3)
 
 
@@ -398,7 +398,7 @@ def test_the_command_says_its_defaults(capsys):
     with pytest.raises(SystemExit):
         cli.main(["audit", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    for field in dataclasses.fields(cli.AuditConfig):
+    for field in dataclasses.fields(auditing.AuditConfig):
         assert f"--{field.name} " in shown
         if isinstance(field.default, (str, float, int)):
             assert f"(default: {field.default})" in shown, field.name
@@ -418,7 +418,7 @@ def test_it_is_a_module_that_can_be_run(monkeypatch, capsys):
     ("trained", "first", "last"), [(30, 60, 80), (70, 70, 80), (80, None, None)]
 )
 def test_strangers_are_training_images_that_are_left(small, trained, first, last):
-    images, labels = cli.never_seen(small, trained, 20)
+    images, labels = never_seen(small, trained, 20)
     if first is None:
         np.testing.assert_array_equal(images, small.test_images[:20])
         np.testing.assert_array_equal(labels, small.test_labels[:20])

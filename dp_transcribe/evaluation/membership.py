@@ -18,6 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from dp_transcribe import _validate
+from dp_transcribe.data import ImageDataset
 
 _LEAST = 1e-12
 _FOLDS = 5
@@ -266,3 +267,28 @@ def _features(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
     logs = special.log_softmax(np.asarray(rows, np.float64), axis=1)
     ranked = -np.sort(-logs, axis=1)[:, :_SORTED]
     return np.column_stack([ranked, _losses(rows, labels)])
+
+
+def never_seen(
+    dataset: ImageDataset, trained: int, most: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images that no model was trained on, and their labels, for membership attacks.
+
+    Training images where some are left, since they are drawn as the others were, if the
+    teacher's were drawn at random. Test images may differ by themselves (half of
+    MNIST's were written by other people), and so may the first training images from
+    the last; an attack takes either for membership.
+
+    Args:
+        dataset: the data set.
+        trained: how many of its first training images were used.
+        most: how many are wanted.
+
+    Returns:
+        The last training images beyond the first `trained`, or else test images; at
+        most `most`.
+    """
+    left = slice(max(trained, len(dataset.train_images) - most), None)
+    if len(dataset.train_images[left]):
+        return dataset.train_images[left], dataset.train_labels[left]
+    return dataset.test_images[:most], dataset.test_labels[:most]

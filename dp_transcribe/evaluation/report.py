@@ -1,4 +1,4 @@
-"""What an audit leaves: its values as JSON, and one picture."""
+"""What an audit leaves: its values as JSON, as text, and one picture."""
 
 from __future__ import annotations
 
@@ -91,3 +91,56 @@ def _draw_bounds(axes: Any, audits: Sequence[tuple[str, AuditResult]]) -> None:
     axes.invert_yaxis()
     axes.set(xlabel="epsilon", title="Lower bounds by canaries")
     axes.legend(fontsize=8)
+
+
+def table(audits: Sequence[tuple[str, AuditResult]]) -> str:
+    """Canary audits as lines of text.
+
+    Args:
+        audits: each with its name.
+
+    Returns:
+        A heading and a line for each audit.
+    """
+    lines = [
+        f"{'audited':28} {'unit':9} {'claimed':>8} {'lower bound':>12} "
+        f"{'Gaussian':>9} {'canaries':>9}"
+    ]
+    for name, result in audits:
+        gaussian = result.gaussian_lower_bound
+        lines.append(
+            f"{name:28} {result.unit.value:9} {result.claimed_epsilon:8.3f} "
+            f"{result.epsilon_lower_bound:12.3f} "
+            f"{'-' if gaussian is None else f'{gaussian:.3f}':>9} "
+            f"{result.canaries:9}{'  FLAGGED' if result.flagged else ''}"
+        )
+    return "\n".join(lines)
+
+
+def summary(report: dict[str, Any], folder: str) -> str:
+    """A report as lines of text.
+
+    Args:
+        report: of `audit_report`.
+        folder: where the results are.
+
+    Returns:
+        What the user sees at the end.
+    """
+    lines = [
+        f"Unit {report['unit']}: claimed epsilon {report['claimed_epsilon']}, lower "
+        f"bound {report['epsilon_lower_bound']:.3f} at confidence "
+        f"{report['confidence']}.",
+    ]
+    for name, result in report["membership"].items():
+        lines.append(
+            f"Membership in the teacher's training data, by the {name}: AUC "
+            f"{result['auc']:.3f}, {result['tpr_at_1e-3']:.2%} found at 0.1 % and "
+            f"{result['tpr_at_1e-2']:.2%} at 1 % false alarms."
+        )
+    if report["flagged"]:
+        overlap = (report.get("shards_of_a_record") or 1) > 1
+        why = "shards overlap" if overlap else "the lower bound is above the claim"
+        lines.append(f"FLAGGED: {why}. Do not release.")
+    lines.append(f"Results: {folder}/ (audit.json, audit.png). {report['note']}")
+    return "\n".join(lines)
