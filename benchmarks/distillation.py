@@ -47,7 +47,7 @@ def linear_fit(records):
     mapped = whitening.apply(features)
     projected = time.monotonic()
     model = PrivateLinearModel(CLASSES, Distillation().training, seed=0)
-    model.fit(mapped, labels, target_epsilon=1.0, delta=1e-5)
+    model.fit(mapped, labels, target_epsilon=1.0, delta=1e-5, verbose=0)
     return {
         "projection_seconds": projected - began,
         "fit_seconds": time.monotonic() - projected,

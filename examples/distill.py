@@ -126,7 +126,7 @@ def private_features(
 ) -> np.ndarray:
     """Features of the private images, from the cache if they are there."""
     if cache_dir is None:
-        return embed_in_batches(kernel, dataset.train_images)
+        return embed_in_batches(kernel, dataset.train_images, verbose=1)
     folder = _validate.writable_dir("cache_dir", cache_dir)
     tag = "-mirrored" if isinstance(kernel, MirroredKernel) else ""
     images = dataset.train_images
@@ -134,7 +134,7 @@ def private_features(
     path = folder / f"{name}-{digest_of(images)[:12]}.npy"
     if not path.exists():
         with replacing(path, secret=True) as partial:
-            np.save(partial, embed_in_batches(kernel, images))
+            np.save(partial, embed_in_batches(kernel, images, verbose=1))
     return np.load(path, mmap_mode="r")
 
 
@@ -315,7 +315,9 @@ def convnet_accuracy(distilled: DistilledDataset, dataset: ImageDataset) -> floa
     labels = tf.one_hot(distilled.labels, distilled.num_classes)
     examples = tf.data.Dataset.from_tensor_slices((distilled.images, labels))
     examples = examples.shuffle(len(distilled), seed=FLAGS.seed).batch(batch_size)
-    model.fit(examples.map(mixed), epochs=FLAGS.convnet_epochs, verbose=0)
+    model.fit(
+        examples.map(mixed), epochs=FLAGS.convnet_epochs, shuffle=False, verbose=0
+    )
     labels = tf.one_hot(dataset.test_labels, distilled.num_classes)
     return float(
         model.evaluate(dataset.test_images, labels, batch_size=500, verbose=0)[1]

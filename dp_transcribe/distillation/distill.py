@@ -108,6 +108,7 @@ def distill(
     settings: Distillation | None = None,
     features: np.ndarray | None = None,
     seed: int | None = None,
+    verbose: int = 1,
 ) -> tuple[DistilledDataset, PrivateLinearModel]:
     """Distils private images through a private linear model of their features.
 
@@ -132,6 +133,7 @@ def distill(
         features: the embeddings of `images` by `kernel.kernel`, without the constant,
             if they are there already.
         seed: None for secret noise; an int makes runs repeatable, for tests.
+        verbose: 1 shows bars with the epsilon so far, 0 nothing.
 
     Returns:
         The distilled data set, and the linear model of whitened features, which is
@@ -163,6 +165,7 @@ def distill(
         settings=settings,
         features=features,
         seed=seed,
+        verbose=verbose,
     )
     _LOGGER.info("The linear model is fitted; nothing private is read any more.")
     with handing_over((model, whitening)):
@@ -172,6 +175,7 @@ def distill(
             source,
             settings=settings.synthesis,
             seed=seed or 0,
+            verbose=verbose,
         )
     distilled = DistilledDataset(
         images=support,
@@ -194,6 +198,7 @@ def fit_linear_model(
     settings: Distillation,
     features: np.ndarray | None,
     seed: int | None,
+    verbose: int,
 ) -> tuple[PrivateLinearModel, PublicWhitening]:
     """The one use of the private images: a linear model of whitened embeddings.
 
@@ -208,14 +213,18 @@ def fit_linear_model(
     labels = check_labels(labels, len(images), num_classes)
     whitening = public_whitening(kernel, source, settings, seed=seed)
     if features is None:
-        features = embed_in_batches(kernel, images)
+        features = embed_in_batches(kernel, images, verbose=verbose)
     expected_shape = (len(images), whitening.basis.shape[1])
     if np.shape(features) != expected_shape:
         expected = f"None or the kernel's embeddings, of shape {expected_shape}"
         raise _validate.invalid("features", np.shape(features), expected)
     model = PrivateLinearModel(num_classes, settings.training, seed=seed)
     model.fit(
-        whitening.apply(features), labels, target_epsilon=target_epsilon, delta=delta
+        whitening.apply(features),
+        labels,
+        target_epsilon=target_epsilon,
+        delta=delta,
+        verbose=verbose,
     )
     return model, whitening
 

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from dp_transcribe import _validate
+from dp_transcribe.distillation.progress import counted
 from dp_transcribe.distillation.scattering import Scattering
 from dp_transcribe.distillation.scattering_jacobian import scattering_jacobian
 
@@ -376,7 +377,7 @@ class InterceptKernel(Kernel):
 
 
 def embed_in_batches(
-    kernel: Kernel, inputs: np.ndarray, *, batch_size: int = 200
+    kernel: Kernel, inputs: np.ndarray, *, batch_size: int = 200, verbose: int = 0
 ) -> np.ndarray:
     """Embeds many inputs, each by itself.
 
@@ -384,6 +385,7 @@ def embed_in_batches(
         kernel: the kernel.
         inputs: float `[n, ...]`.
         batch_size: inputs that are embedded at once.
+        verbose: 1 shows a bar.
 
     Returns:
         float32 `[n, features]`.
@@ -394,7 +396,9 @@ def embed_in_batches(
     if not len(inputs):
         raise _validate.invalid("inputs", np.shape(inputs), "at least one input")
     out: np.ndarray | None = None
-    for start in range(0, len(inputs), batch_size):
+    batches = -(-len(inputs) // batch_size)
+    for number in counted(batches, verbose=verbose, unit="batch"):
+        start = number * batch_size
         batch = _padded(inputs[start : start + batch_size], batch_size)
         rows = kernel.embed(tf.constant(batch)).numpy()
         if out is None:

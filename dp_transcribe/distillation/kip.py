@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import secrets
@@ -25,6 +26,7 @@ from dp_transcribe.distillation.kip_gradients import (
     pixel_gradient_sum,
 )
 from dp_transcribe.distillation.linear import check_labels
+from dp_transcribe.distillation.progress import counted
 from dp_transcribe.distillation.provenance import (
     holds_record,
     remember_released,
@@ -183,6 +185,7 @@ class DPKIP(keras.Model):
         target_epsilon: float,
         delta: float,
         embedded: np.ndarray | None = None,
+        verbose: int = 1,
     ) -> DPKIP:
         """Learns the support images and spends the whole budget.
 
@@ -192,6 +195,7 @@ class DPKIP(keras.Model):
             target_epsilon: the epsilon per record that is not passed.
             delta: strictly between 0 and 1.
             embedded: the embeddings of `x`, if they are there already.
+            verbose: 1 shows a bar with the epsilon so far, 0 nothing.
 
         Returns:
             The model.
@@ -212,7 +216,7 @@ class DPKIP(keras.Model):
             expected = f"records of shape {self.support.shape[1:]}, as the support has"
             raise _validate.invalid("x", np.shape(x), expected)
         if embedded is None:
-            embedded = embed_in_batches(self.kernel, x)
+            embedded = embed_in_batches(self.kernel, x, verbose=verbose)
         width = int(self.kernel.embed(self.support.value[:1]).shape[1])
         if np.shape(embedded) != (len(x), width):
             expected = f"None or the kernel's embeddings, of shape {(len(x), width)}"
@@ -239,7 +243,10 @@ class DPKIP(keras.Model):
         self.optimizer.build([self.support])
         start = self.support.numpy()
         try:
-            for _ in range(plan.steps):
+            spent = functools.partial(
+                self._releases.epsilon, delta=delta, accountant=plan.accountant
+            )
+            for _ in counted(plan.steps, verbose=verbose, epsilon=spent):
                 self.train_step((embedded, labels))
         finally:
             support = self.support.numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from dp_transcribe import _validate
+from dp_transcribe.distillation.progress import counted
 from dp_transcribe.distillation.releases import (
     RELATION,
     RecordSums,
@@ -128,6 +130,7 @@ class PrivateLinearModel:
         target_epsilon: float,
         delta: float,
         on_step: Callable[[int, np.ndarray], None] | None = None,
+        verbose: int = 1,
     ) -> PrivateLinearModel:
         """Fits the model and spends the whole budget.
 
@@ -137,6 +140,7 @@ class PrivateLinearModel:
             target_epsilon: the epsilon per record that is not passed.
             delta: strictly between 0 and 1.
             on_step: called with each step's number and noisy weights.
+            verbose: 1 shows a bar with the epsilon so far, 0 nothing.
 
         Returns:
             The model.
@@ -168,7 +172,7 @@ class PrivateLinearModel:
             seed=self.seed,
         )
         self.centre = self._noisy_mean(features)
-        self.weights = self._descend(features, labels, on_step)
+        self.weights = self._descend(features, labels, on_step, verbose)
         return self
 
     def logits(self, features: np.ndarray) -> np.ndarray:
@@ -250,6 +254,7 @@ class PrivateLinearModel:
         features: np.ndarray,
         labels: np.ndarray,
         on_step: Callable[[int, np.ndarray], None] | None,
+        verbose: int,
     ) -> np.ndarray:
         """Heavy-ball gradient descent; returns the averaged weights."""
         plan, releases = self.training, self._open_releases()
@@ -257,7 +262,10 @@ class PrivateLinearModel:
         velocity, total = tf.zeros_like(weights), tf.zeros_like(weights)
         last = max(1, math.ceil(plan.averaged * plan.steps))
         expected = plan.sampling_probability * len(features) * plan.l2_norm
-        for step in range(plan.steps):
+        spent = functools.partial(
+            releases.epsilon, delta=self._delta, accountant=plan.accountant
+        )
+        for step in counted(plan.steps, verbose=verbose, epsilon=spent):
             releases.begin()
             chosen = releases.sample(len(features)).numpy()
             gradient = self._clipped_sum(features, labels, chosen, weights)

@@ -105,6 +105,7 @@ def distill_means(
     delta: float,
     settings: MeanMatching | None = None,
     seed: int | None = None,
+    verbose: int = 1,
 ) -> DistilledDataset:
     """Distils private images by the means of their classes in random ConvNets.
 
@@ -120,6 +121,7 @@ def distill_means(
         delta: strictly between 0 and 1.
         settings: further settings.
         seed: None for secret noise; an int makes runs repeatable, for tests.
+        verbose: 1 shows a bar, 0 nothing.
 
     Returns:
         The distilled data set.
@@ -171,7 +173,7 @@ def distill_means(
     with handing_over(released):
         start = public[first_images(released, directions, public, settings)]
         support = _match(
-            start, kernel, directions, released.means, settings, public_seed
+            start, kernel, directions, released.means, settings, public_seed, verbose
         )
     return DistilledDataset(
         images=support,
@@ -273,6 +275,7 @@ def _match(
     means: np.ndarray,
     settings: MeanMatching,
     seed: int,
+    verbose: int,
 ) -> np.ndarray:
     """Moves images, in the order of their classes, until their means are the given.
 
@@ -303,6 +306,7 @@ def _match(
         steps=settings.steps,
         learning_rate=settings.learning_rate,
         pixel_range=settings.pixel_range,
+        verbose=verbose,
     )
 
 

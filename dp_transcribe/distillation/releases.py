@@ -135,6 +135,18 @@ class RecordSums:
         noises = self.source.normal_like(totals, number=number)
         return [t + stddev * noise for t, noise in zip(totals, noises, strict=True)]
 
+    def epsilon(self, *, delta: float, accountant: str) -> float:
+        """Epsilon per record of all releases so far.
+
+        Args:
+            delta: strictly between 0 and 1.
+            accountant: `"rdp"` or `"pld"`.
+
+        Returns:
+            The epsilon.
+        """
+        return self.ledger.epsilon(unit=Unit.RECORD, delta=delta, accountant=accountant)
+
     def statement(
         self, *, delta: float, accountant: str, covered: tuple[str, ...], **details: Any
     ) -> PrivacyStatement:

@@ -8,7 +8,6 @@ and public images are read, so the result is as private as the weights.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 from collections.abc import Callable
 from typing import Protocol
@@ -28,13 +27,11 @@ from dp_transcribe.distillation.kernels import (
 )
 from dp_transcribe.distillation.ridge import centred_one_hot, ridge_solve
 
-_LOGGER = logging.getLogger(__name__)
 _BATCH = 250
 # Support images that are embedded at once.
 _CHUNK = 25
 # A step holds about this many copies of all embeddings and kernel values.
 _COPIES = 8
-_LOG_EVERY = 25
 
 
 # From embeddings to a value and its gradient.
@@ -85,6 +82,7 @@ def synthesize(
     *,
     settings: Synthesis | None = None,
     seed: int = 0,
+    verbose: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Makes support images whose ridge regression acts as a linear model.
 
@@ -98,6 +96,7 @@ def synthesize(
         source: a public source of images; its images must know nothing of the data.
         settings: how the images are made.
         seed: of the public images.
+        verbose: 1 shows a bar, 0 nothing.
 
     Returns:
         Images, float32 `[n, height, width, colours]`, and int32 labels `[n]`, the
@@ -123,6 +122,7 @@ def synthesize(
         steps=settings.steps,
         learning_rate=settings.learning_rate,
         pixel_range=settings.pixel_range,
+        verbose=verbose,
     )
     return support, labels
 
@@ -294,15 +294,17 @@ def move_images(
     steps: int,
     learning_rate: float,
     pixel_range: tuple[float, float],
+    verbose: int,
 ) -> np.ndarray:
     """Moves images down a gradient by Adam, at a rate that falls to a tenth.
 
     Args:
         start: float32 `[n, height, width, colours]`.
-        gradient_of: from images to a value, which is logged, and its gradient.
+        gradient_of: from images to a value, which is shown, and its gradient.
         steps: number of steps.
         learning_rate: the first one, in units of the pixels.
         pixel_range: lowest and highest value of a pixel.
+        verbose: 1 shows a bar, 0 nothing.
 
     Returns:
         float32, of the shape of `start`.
@@ -311,12 +313,14 @@ def move_images(
     optimizer = keras.optimizers.Adam(
         keras.optimizers.schedules.CosineDecay(learning_rate, steps, alpha=0.1)
     )
+    bar = keras.utils.Progbar(
+        steps, verbose=verbose, stateful_metrics=["dissimilarity"]
+    )
     for number in range(1, steps + 1):
         value, gradient = gradient_of(images.value())
         optimizer.apply_gradients([(tf.constant(gradient), images)])
         images.assign(tf.clip_by_value(images, *pixel_range))
-        if number % _LOG_EVERY == 0:
-            _LOGGER.info("step %d: dissimilarity %.5f", number, float(value))
+        bar.update(number, [("dissimilarity", float(value))])
     return images.numpy()
 
 

@@ -92,6 +92,7 @@ def audit_linear_model(
         target_epsilon=target_epsilon,
         delta=delta,
         on_step=lambda step, weights: seen.append(weights),
+        verbose=0,
     )
     attacks = _linear_attacks(model, np.stack(seen), labels)
     return audit_scores(
@@ -340,7 +341,7 @@ def audit_dpkip(
     support[:, -1] = _SUPPORT, -_SUPPORT
     model = _ObservedKIP(RBFKernel(), support, 2, training or KIP_TRAINING, seed=seed)
     model.first = first
-    model.fit(records, labels, target_epsilon=target_epsilon, delta=delta)
+    model.fit(records, labels, target_epsilon=target_epsilon, delta=delta, verbose=0)
     seen = np.stack(model.seen)
     attacks = {"sums": seen.sum(axis=0), "spread over steps": seen.std(axis=0)}
     return audit_scores(

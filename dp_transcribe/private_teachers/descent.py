@@ -241,9 +241,7 @@ class _Descent:
 
     def epsilon(self) -> float:
         """Epsilon so far."""
-        return self.releases.ledger.epsilon(
-            unit=Unit.RECORD, delta=self.delta, accountant=self.plan.accountant
-        )
+        return self.releases.epsilon(delta=self.delta, accountant=self.plan.accountant)
 
     def run_epoch(self, images: np.ndarray, labels: np.ndarray) -> None:
         """The noisy steps of one epoch."""

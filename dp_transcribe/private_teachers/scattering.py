@@ -211,6 +211,7 @@ def fit_scattering_teacher(
     settings: Distillation | None = None,
     features: np.ndarray | None = None,
     seed: int | None = None,
+    verbose: int = 1,
 ) -> Teacher:
     """Fits a private linear model of wavelet scattering features.
 
@@ -230,6 +231,7 @@ def fit_scattering_teacher(
         settings: further settings.
         features: the embeddings of `images` by the kernel, if they are there already.
         seed: None for secret noise; an int makes runs repeatable, for tests.
+        verbose: 1 shows bars with the epsilon so far, 0 nothing.
 
     Returns:
         The teacher, a Keras model that carries its statement.
@@ -261,6 +263,7 @@ def fit_scattering_teacher(
         settings=settings,
         features=features,
         seed=seed,
+        verbose=verbose,
     )
     return Teacher(
         scattering_classifier(kernel, whitening, model),

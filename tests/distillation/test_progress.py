@@ -1,0 +1,28 @@
+"""Long private fits say how far they are, and what was spent."""
+
+import re
+
+import numpy as np
+import pytest
+
+from dp_transcribe.distillation import LinearTraining, PrivateLinearModel
+
+DELTA = 1e-5
+
+
+def fitted(verbose):
+    features, labels = np.eye(20, 4, dtype=np.float32), np.arange(20) % 2
+    model = PrivateLinearModel(2, LinearTraining(steps=25), seed=1)
+    return model.fit(features, labels, target_epsilon=1.0, delta=DELTA, verbose=verbose)
+
+
+def test_the_bar_ends_at_the_epsilon_of_the_statement(capsys):
+    epsilon = fitted(verbose=1).privacy_statement().epsilon
+    shown = re.findall(r"epsilon: ([0-9.]+)", capsys.readouterr().out)
+    assert float(shown[-1]) == pytest.approx(epsilon, abs=1e-4)
+    assert float(shown[0]) < 0.5 * epsilon
+
+
+def test_silence_can_be_had(capsys):
+    fitted(verbose=0)
+    assert capsys.readouterr().out == ""
