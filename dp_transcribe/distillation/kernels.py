@@ -252,7 +252,12 @@ class NTKKernel(Kernel):
         return _flatten(inputs)
 
     def between(self, left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
-        """The tangent kernel of all pairs."""
+        """The tangent kernel of all pairs.
+
+        It is worked out in double precision: near an angle of zero, in the diagonal
+        above all, float32 knows the angle to three digits only.
+        """
+        left, right = tf.cast(left, tf.float64), tf.cast(right, tf.float64)
         weight, bias = self.weight_std**2, self.bias_std**2
         width = left.shape[1]
         covariance = weight * tf.matmul(left, right, transpose_b=True) / width + bias
@@ -266,7 +271,7 @@ class NTKKernel(Kernel):
             tangent = covariance + weight * tangent * slope
             left_variance = weight * left_variance / 2.0 + bias
             right_variance = weight * right_variance / 2.0 + bias
-        return tangent
+        return tf.cast(tangent, tf.float32)
 
 
 def _relu_moments(
@@ -275,13 +280,13 @@ def _relu_moments(
     """Means of the product of two ReLUs and of their derivatives.
 
     Args:
-        covariance: of the two Gaussian pre-activations.
+        covariance: of the two Gaussian pre-activations, float64.
         scale: the product of their standard deviations.
 
     Returns:
         E[relu(u) relu(v)] and E[relu'(u) relu'(v)].
     """
-    limit = 1.0 - 1e-6  # the angle's derivative is infinite at 1
+    limit = 1.0 - 1e-12  # the angle's derivative is infinite at 1; it is 1e-6 here
     cosine = tf.clip_by_value(tf.math.divide_no_nan(covariance, scale), -limit, limit)
     angle = tf.acos(cosine)
     sine = tf.sqrt(1.0 - cosine**2)

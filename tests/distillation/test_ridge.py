@@ -95,6 +95,28 @@ def test_tangent_kernel_is_the_limit_of_wide_networks(hidden_layers, width):
     assert error.max() < 0.07
 
 
+@pytest.mark.parametrize("hidden_layers", [1, 2, 6])
+def test_tangent_kernel_of_an_input_with_itself_is_exact(hidden_layers):
+    kernel = NTKKernel(hidden_layers, weight_std=1.3, bias_std=0.2)
+    inputs = RNG.normal(size=(5, 12)).astype(np.float32)
+    # The two pre-activations are one, so that their angle is zero.
+    variance = 1.3**2 * np.mean(inputs.astype(float) ** 2, axis=1) + 0.2**2
+    expected = variance
+    for _ in range(hidden_layers):
+        variance = 1.3**2 * variance / 2.0 + 0.2**2
+        expected = variance + 1.3**2 * expected / 2.0
+    found = kernel(tf.constant(inputs), tf.constant(inputs)).numpy()
+    np.testing.assert_allclose(np.diag(found), expected, rtol=3e-6)
+
+
+def test_tangent_kernel_of_equal_inputs_has_a_finite_gradient():
+    inputs = tf.ones([2, 12])
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        total = tf.reduce_sum(NTKKernel(2)(inputs, inputs))
+    assert np.isfinite(tape.gradient(total, inputs)).all()
+
+
 def _empirical_kernel(kernel, inputs, seed, width):
     """Products of the gradients of a finite network in tangent parametrisation."""
     keras.utils.set_random_seed(seed)
