@@ -234,7 +234,7 @@ class PrivateLinearModel:
             mechanism="NoisyMean",
             l2_norm=1.0,
             noise_multiplier=plan.mean_multiplier(releases.noise_multiplier),
-            seed=None if self.seed is None else self.seed + 1,
+            seed=None if self.seed is None else (self.seed + 1) % 2**63,
             ledger=releases.ledger,
         )
         sums.begin()

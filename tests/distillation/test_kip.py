@@ -120,10 +120,28 @@ def test_leaving_one_record_out_moves_the_sum_by_at_most_the_bound(name, bounded
     assert max(moved) > 0.9e-3
 
 
-def test_a_record_that_is_not_finite_counts_as_zero():
-    model, embedded, labels = make("rbf")
+# A penalty so large that each term of the gradient's norm is of weight.
+@pytest.mark.parametrize("bounded", ["pixels", "features"])
+@pytest.mark.parametrize("penalty", [1e-3, 0.5, 5.0])
+def test_a_clipped_gradient_is_as_long_as_the_bound(bounded, penalty):
+    model, embedded, labels = make(
+        "scattering", l2_norm=1e-3, bounded=bounded, penalty=penalty
+    )
+    for record in range(len(labels)):
+        one = slice(record, record + 1)
+        summed = model.clipped_gradient_sum(embedded[one], labels[one]).numpy()
+        assert np.linalg.norm(summed) == pytest.approx(1e-3, rel=1e-4)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e7])
+@pytest.mark.parametrize(
+    ("name", "bounded"),
+    [("rbf", "pixels"), ("scattering", "pixels"), ("scattering", "features")],
+)
+def test_a_record_that_is_not_finite_counts_as_zero(name, bounded, bad):
+    model, embedded, labels = make(name, bounded=bounded)
     expected = model.clipped_gradient_sum(embedded[1:], labels[1:])
-    embedded[0, 2] = np.nan
+    embedded[0, 2] = bad
     summed = model.clipped_gradient_sum(embedded, labels)
     np.testing.assert_allclose(summed, expected, atol=1e-6)
 
