@@ -142,7 +142,8 @@ def train_shard_teachers(
         shards: number of teachers, K.
         features: a public model, images to features, applied once to all records.
         fit: trains a member in place, `fit(model, inputs, labels)`; by default
-            `ShardTraining()`. One of your own gets a new model for each shard. It must
+            `ShardTraining()`. One of your own gets a new model for each shard, and
+            variables that models share are put back after each. It must
             keep no state between shards, such as an optimizer's: a record would then
             decide about more than one teacher.
         folder: where each teacher is kept in a file of its own as soon as it is
@@ -215,10 +216,13 @@ class _Job:
                 first = [(v, keras.ops.convert_to_numpy(v)) for v in model.variables]
             rows = self.plan.indices(shard)
             keras.utils.set_random_seed(self.plan.seed + shard)
-            for variable, value in first:
-                variable.assign(value)
-            self.fit(model, self.inputs[rows], self.labels[rows])
-            _save(self.folder, shard, model)
+            try:
+                self.fit(model, self.inputs[rows], self.labels[rows])
+                _save(self.folder, shard, model)
+            finally:
+                # Layers that `model_fn` shares would carry the shard's records on.
+                for variable, value in first:
+                    variable.assign(value)
 
     def _member(self, former: keras.Model | None) -> keras.Model:
         """A model of `model_fn` under the seed, which is not the former one."""

@@ -116,6 +116,59 @@ def test_a_fit_that_may_keep_state_gets_a_new_model_for_each_shard(fit, models):
     assert len(made) == models + 2  # one for its shapes, one for the ensemble
 
 
+def members_on_one_backbone():
+    """A function of members that share their first layer, as pretrained ones do."""
+    keras.utils.set_random_seed(3)
+    layers = keras.layers
+    backbone = layers.Dense(5, activation="tanh")
+    backbone.build((None, tiny.PIXELS))
+
+    def new_member():
+        return keras.Sequential(
+            [
+                layers.Input(tiny.IMAGE),
+                layers.Flatten(),
+                backbone,
+                layers.Dense(tiny.CLASSES),
+            ]
+        )
+
+    return new_member, backbone
+
+
+def failing(model, inputs, labels):
+    compiled_once(model, inputs, labels)
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("fit", [ShardTraining(epochs=1), compiled_once])
+def test_layers_that_members_share_carry_no_record_to_another_teacher(fit):
+    def trained(make, data):
+        return train_shard_teachers(make, data, shards=SHARDS, fit=fit).get_weights()
+
+    make, backbone = members_on_one_backbone()
+    public = [weight.copy() for weight in backbone.get_weights()]
+    images, labels = private_data()
+    first = trained(make, (images, labels))
+    for one, other in zip(public, backbone.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    record = ShardPlan(RECORDS, SHARDS).indices(0)[0]
+    images[record] = 1.0 - images[record]
+    second = trained(make, (images, labels))
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one[1:], other[1:])
+    assert np.any(first[0][0] != second[0][0])
+
+
+def test_an_interrupted_training_leaves_nothing_in_shared_layers():
+    make, backbone = members_on_one_backbone()
+    public = [weight.copy() for weight in backbone.get_weights()]
+    with pytest.raises(KeyboardInterrupt):
+        train_shard_teachers(make, private_data(), shards=SHARDS, fit=failing)
+    for one, other in zip(public, backbone.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_one_model_made_twice_is_refused():
     model = member()
     with pytest.raises(ValueError, match="model_fn"):
