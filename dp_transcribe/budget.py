@@ -69,10 +69,10 @@ class Budget:
         Args:
             ledger: of a checkpoint. The own one stays if it goes on from there: what
                 was released since is out, though the weights go back.
-            mechanism: of the checkpoint.
+            mechanism: of the checkpoint; without noise if it was saved before a run.
             pool_number: of the checkpoint.
         """
-        if not (mechanism == self.mechanism and self.ledger.continues(ledger)):
+        if not self.ledger.continues(ledger):
             self.ledger, self.pool_number = ledger, 0
         self.mechanism = self._offered = mechanism
         self.pool_number = max(self.pool_number, pool_number)

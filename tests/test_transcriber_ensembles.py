@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 
 from dp_transcribe import reporting
+from dp_transcribe.budget import BudgetExceededError
 from dp_transcribe.ensembles import TeacherEnsemble
 from dp_transcribe.mechanisms import EnsembleGradient, NoisyVotes, NormalizedGradient
 from dp_transcribe.privacy.ledger import Ledger
@@ -130,6 +131,22 @@ def test_a_checkpoint_goes_on_where_it_stopped(ensemble, mechanism, tmp_path):
     )
     images = np.random.default_rng(0).uniform(size=(5, *tiny.IMAGE)).astype("float32")
     assert np.array_equal(second.teacher.votes(images), ensemble.votes(images))
+
+
+@pytest.mark.parametrize("mechanism", mechanisms(), ids=lambda m: m.name)
+def test_weights_of_before_the_first_run_forget_no_release(
+    ensemble, mechanism, tmp_path
+):
+    model = tiny.transcriber(mechanism, teacher=ensemble)
+    model.save_weights(tmp_path / "first.weights.h5")
+    fit(model, 2, target_epsilon=1.0)
+    spent = model.ledger.to_json()
+    model.load_weights(tmp_path / "first.weights.h5")
+    assert model.ledger.to_json() == spent
+    with pytest.raises(BudgetExceededError):
+        fit(model, 2, target_epsilon=1.0)
+    fit(model, 2, target_epsilon=2.0)
+    assert 1.0 < epsilon(model) <= 2.0
 
 
 def test_the_student_chooses_half_of_the_queries_by_its_doubt():
