@@ -55,7 +55,7 @@ def headline(statement: "PrivacyStatement") -> str:
         figures += f" (the tighter PLD figure: {round_up(statement.epsilon_pld)})"
     return (
         f"Differential privacy per unit {unit}: {figures}, delta = "
-        f"{statement.delta:g}, by {statement.mechanism}."
+        f"{round_up(statement.delta)}, by {statement.mechanism}."
     )
 
 

@@ -78,11 +78,17 @@ class PrivacyStatement:
         _check_epsilon("epsilon", self.epsilon)
         if self.epsilon_pld is not None:
             _check_epsilon("epsilon_pld", self.epsilon_pld)
-        if self.delta != 0:
+        if _validate.non_negative("delta", self.delta) != 0:
             _validate.fraction_open("delta", self.delta)
         _validate.optional_seed("noise_seed", self.noise_seed)
+        for name in ("accountant", "mechanism", "sampling"):
+            _validate.instance_of(name, getattr(self, name), str)
+        _validate.instance_of("inherited_from", self.inherited_from, (str, type(None)))
         for name in ("covered", "not_covered"):
-            _validate.instance_of(name, getattr(self, name), tuple)
+            for part in _validate.instance_of(name, getattr(self, name), tuple):
+                _validate.instance_of(name, part, str)
+        for name in ("details", "versions"):
+            _validate.instance_of(name, getattr(self, name), dict)
 
     @property
     def is_private(self) -> bool:
@@ -158,8 +164,8 @@ class PrivacyStatement:
             "relation": Relation[values["relation"]],
             "epsilon": _number_from_json(values["epsilon"]),
             "epsilon_pld": _number_from_json(values["epsilon_pld"]),
-            "covered": tuple(values["covered"]),
-            "not_covered": tuple(values["not_covered"]),
+            "covered": _tuple_from_json(values["covered"]),
+            "not_covered": _tuple_from_json(values["not_covered"]),
         }
         return cls(**{**values, **parsed})
 
@@ -280,5 +286,10 @@ def _number_to_json(value: float | None) -> float | str | None:
     return "inf" if value == math.inf else value
 
 
-def _number_from_json(value: Any) -> float | None:
-    return None if value is None else float(value)
+def _number_from_json(value: Any) -> Any:
+    """Anything else than a number is left to the checks of the statement."""
+    return math.inf if value == "inf" else value
+
+
+def _tuple_from_json(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

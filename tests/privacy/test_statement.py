@@ -163,6 +163,34 @@ def test_damaged_json_is_refused(text):
         PrivacyStatement.from_json(text)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epsilon": True},
+        {"epsilon": False},
+        {"epsilon": "0.1"},
+        {"epsilon": "nan"},
+        {"epsilon_pld": False},
+        {"epsilon_pld": "0.1"},
+        {"delta": False},
+        {"delta": "0"},
+        {"covered": "student"},
+        {"covered": [1]},
+        {"mechanism": 5},
+        {"accountant": None},
+        {"sampling": None},
+        {"details": [1]},
+        {"versions": "1.0"},
+        {"inherited_from": 3},
+    ],
+    ids=str,
+)
+def test_edited_json_is_refused_when_it_is_read_and_not_when_it_is_shown(change):
+    values = {**statement(unit=Unit.RECORD).to_dict(), **change}
+    with pytest.raises(ValueError, match=f"`{next(iter(change))}`"):
+        PrivacyStatement.from_json(json.dumps(values))
+
+
 def inherited(**changes):
     fields = dict(
         unit=Unit.RECORD,
@@ -210,3 +238,9 @@ def test_fields_out_of_range(changes, match):
 def test_printed_figures_are_never_below_the_true_ones(value):
     printed = float(round_up(value))
     assert value <= printed <= value * 1.0011
+
+
+def test_the_printed_delta_is_never_below_the_true_one():
+    text = flat(inherited(delta=1.2345649e-5).to_text())
+    printed = float(text.split("delta = ")[1].split(",")[0])
+    assert 1.2345649e-5 <= printed <= 1.24e-5
