@@ -266,23 +266,20 @@ def load_teacher(
         input_shape: See `Teacher`. Needed for a model that takes images of any size.
         input_range: See `Teacher`.
         statement: The privacy statement of a privately trained teacher, or its JSON
-            file. By default the file that `Teacher.save` wrote beside it, if any.
+            file. By default the file that `Teacher.save` wrote beside it, if any. One
+            that names the SHA-256 of its teacher's file must name this one.
 
     Raises:
         FileNotFoundError: if nothing is there.
         ValueError: if what is there cannot be read as a classifier, or the statement is
             malformed or of another file.
     """
-    if statement is None and _beside(Path(path)).exists():
-        statement = _beside(Path(path))
-    if isinstance(statement, (str, os.PathLike)):
-        statement = _statement_of(Path(path), Path(statement))
     return Teacher(
         path,
         outputs=outputs,
         input_shape=input_shape,
         input_range=input_range,
-        statement=statement,
+        statement=_statement_of(Path(path), statement),
     )
 
 
@@ -291,15 +288,26 @@ def _beside(path: Path) -> Path:
     return path.with_name(f"{path.stem}.statement.json")
 
 
-def _statement_of(path: Path, file: Path) -> PrivacyStatement:
-    """Reads a statement, refused if it says that it is of another teacher."""
-    statement, digest = split_digest(read_statement(file), _DIGEST)
-    if digest is not None and not (
-        path.is_file() and digest == digest_of(path.read_bytes())
-    ):
+def _statement_of(
+    path: Path, given: PrivacyStatement | str | os.PathLike[str] | None
+) -> PrivacyStatement | None:
+    """The statement given or found beside, refused if it is of another teacher."""
+    if given is None and not _beside(path).exists():
+        return None
+    found = _beside(path) if given is None else given
+    if not isinstance(found, PrivacyStatement):
+        found = read_statement(found)
+    statement, digest = split_digest(found, _DIGEST)
+    # Only who gives a statement can promise that it is true of a file it does not name.
+    if digest is None and given is not None:
+        return statement
+    if not path.is_file() or digest != digest_of(path.read_bytes()):
         mend = "The teacher was overwritten: take the statement that belongs to it."
+        if digest is None:
+            mend = "If it belongs to this teacher, pass the file as `statement`."
         expected = f"a statement of {path}"
-        raise invalid("statement", str(file), expected, mend)
+        received = str(_beside(path)) if given is None else given
+        raise invalid("statement", received, expected, mend)
     return statement
 
 

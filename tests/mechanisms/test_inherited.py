@@ -11,6 +11,7 @@ import dp_transcribe as dpt
 from dp_transcribe.generators import MLPGenerator
 from dp_transcribe.losses.objective import GeneratorObjective
 from dp_transcribe.mechanisms import Inherited
+from dp_transcribe.privacy.statement import PrivacyStatement
 from dp_transcribe.privacy.units import Unit
 from dp_transcribe.teachers import Teacher, load_teacher
 from tests import tiny
@@ -161,6 +162,27 @@ def test_a_statement_is_not_taken_for_another_teacher(tmp_path):
         load_teacher(path)
     Teacher(tiny.linear_model(6)).save(path)
     assert load_teacher(path).statement is None
+
+
+def test_a_statement_that_names_another_file_is_refused_as_an_object_too(tmp_path):
+    private_teacher().save(tmp_path / "teacher.keras")
+    text = (tmp_path / "teacher.statement.json").read_text()
+    tiny.linear_model(6).save(tmp_path / "other.keras")
+    stated = PrivacyStatement.from_json(text)
+    with pytest.raises(ValueError, match="statement of .*other.keras"):
+        load_teacher(tmp_path / "other.keras", statement=stated)
+    loaded = load_teacher(tmp_path / "teacher.keras", statement=stated)
+    assert loaded.statement == STATEMENT
+
+
+def test_a_statement_beside_that_names_no_file_is_not_taken_unasked(tmp_path):
+    tiny.linear_model(6).save(tmp_path / "teacher.keras")
+    beside = tmp_path / "teacher.statement.json"
+    beside.write_text(STATEMENT.to_json())
+    with pytest.raises(ValueError, match="pass the file as `statement`"):
+        load_teacher(tmp_path / "teacher.keras")
+    teacher = load_teacher(tmp_path / "teacher.keras", statement=beside)
+    assert teacher.statement == STATEMENT
 
 
 def test_a_statement_file_may_be_given(tmp_path):
