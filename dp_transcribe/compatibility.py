@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import keras
 
@@ -13,12 +13,52 @@ from dp_transcribe.generators.trial import check_draws
 from dp_transcribe.losses.objective import GeneratorObjective
 from dp_transcribe.mechanisms.base import AnswerMechanism, GradientMechanism, Mechanism
 from dp_transcribe.mechanisms.clipping import check_sampled
+from dp_transcribe.mechanisms.clipping.validate import (
+    check_student as check_clippable,
+)
 from dp_transcribe.mechanisms.inherited import Inherited
 from dp_transcribe.privacy.inheritance import fingerprint
 from dp_transcribe.privacy.units import Unit
 from dp_transcribe.queries import FreshQueries, Queries, QueryPool
 from dp_transcribe.students import check_student
 from dp_transcribe.teachers import Teacher
+
+if TYPE_CHECKING:
+    from dp_transcribe.transcriber import DPTranscriber
+
+
+def check_parts(owner: DPTranscriber) -> None:
+    """Refuses a transcriber of which one part does not go with another.
+
+    Raises:
+        ValueError: so it is; nothing was spent.
+    """
+    teacher, student, mechanism = owner.teacher, owner.student, owner.mechanism
+    generator, trained = owner.generator, owner.trains_generator
+    check_student(student, teacher)
+    check_clippable(student)
+    check_learns(student)
+    check_dtype(owner.dtype_policy)
+    mechanism.check(teacher.num_classes)
+    mechanism.check_teacher(teacher)
+    check_guidance(mechanism, owner.generator_covered)
+    if owner.second_student is not None:
+        check_second_student(owner.second_student, student, teacher, mechanism)
+    if trained:
+        check_objective(owner.objective, mechanism, owner.second_student)
+    check_source("generator", generator, teacher, trained=trained)
+    check_source("public_prior", owner.public_prior, teacher)
+    inherits = isinstance(mechanism, Inherited)
+    check_unguided("generator", generator, owner.generator_covered and not inherits)
+    if inherits:
+        check_inherited(generator, teacher)
+    check_unguided("public_prior", owner.public_prior, True)
+    replicas = owner.distribute_strategy.num_replicas_in_sync
+    check_queries(owner.queries, mechanism, replicas, student)
+    classes = getattr(generator, "num_classes", None)
+    if classes not in (None, teacher.num_classes):
+        expected = f"{teacher.num_classes} classes, as the teacher has"
+        raise _validate.invalid("generator", classes, expected)
 
 
 def check_source(
@@ -48,42 +88,6 @@ def check_dtype(policy: Any) -> None:
     if policy.compute_dtype == "float16":
         mend = "Use `keras.config.set_dtype_policy` with 'float32' or 'mixed_bfloat16'."
         raise _validate.invalid("dtype", policy.name, "no float16 policy", mend)
-
-
-def check_optimizer(name: str, optimizer: Any, variables: Sequence[Any]) -> None:
-    """Refuses an optimizer that would fail, or not descend, when a step is paid for.
-
-    Args:
-        name: the argument.
-        optimizer: what was given for it.
-        variables: what it is to train.
-
-    Raises:
-        ValueError: it is no optimizer, divides gradients by the scale of a loss that
-            nobody scaled, or was built for other variables.
-    """
-    mend = "Give an optimizer or its name, such as 'adam'."
-    _validate.instance_of(name, optimizer, keras.optimizers.Optimizer, mend)
-    scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-    if scales or getattr(optimizer, "loss_scale_factor", None):
-        mend = "Losses are not scaled here: take the optimizer itself."
-        expected = "an optimizer without loss scaling"
-        raise _validate.invalid(name, optimizer, expected, mend)
-    # Keras says for which variables it was built nowhere else.
-    known = {id(variable) for variable in optimizer._trainable_variables}
-    if optimizer.built and any(id(variable) not in known for variable in variables):
-        mend = (
-            "Call `compile` with a new one: it keeps slots for what it was built for."
-        )
-        expected = "an optimizer that was not built for other variables"
-        raise _validate.invalid(name, optimizer, expected, mend)
-
-
-def check_own_optimizer(generator_optimizer: Any, student_optimizer: Any) -> None:
-    """Refuses one optimizer for two models: it keeps slots for one of them."""
-    if generator_optimizer is student_optimizer:
-        expected = "another optimizer than the student's"
-        raise _validate.invalid("generator_optimizer", generator_optimizer, expected)
 
 
 def check_measures(loss: Any, *metrics: Any, own: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ Here they are tried on the student as it is.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,43 @@ def check_no_data(by_place: tuple[Any, ...], by_name: dict[str, Any]) -> None:
         raise _validate.invalid(", ".join(given), found, expected, mend)
 
 
-def try_validation(
+def rehearse(
+    owner: DPTranscriber,
+    *,
+    callbacks: Any,
+    data: Any,
+    batch_size: int | None,
+    steps: int | None,
+    frequency: Any,
+) -> dict[str, Any]:
+    """Tries validation and checks callbacks, before anything is spent.
+
+    Args:
+        owner: the compiled transcriber.
+        callbacks: as `fit` takes them.
+        data: see `fit`, as all of the following.
+        batch_size: rows of a batch of arrays.
+        steps: batches to validate on.
+        frequency: epochs to validate after.
+
+    Returns:
+        The arguments of Keras' `fit` for validation.
+
+    Raises:
+        ValueError: one of them would have failed after an epoch, or done nothing.
+    """
+    arguments = {
+        "validation_data": data,
+        "validation_batch_size": batch_size,
+        "validation_steps": steps,
+        "validation_freq": _as_frequency(frequency),
+    }
+    measured = _try_validation(owner, data, batch_size=batch_size, steps=steps)
+    _check_callbacks(owner, callbacks, measured | owner.reported)
+    return arguments
+
+
+def _try_validation(
     owner: DPTranscriber, data: Any, *, batch_size: int | None, steps: int | None
 ) -> set[str]:
     """Measures validation data as `fit` will: of arrays one batch, of others all.
@@ -108,14 +144,36 @@ def try_validation(
     return {f"val_{name}" for name in results}
 
 
-def check_frequency(value: Any) -> int | list[int]:
+def _as_frequency(value: Any) -> int | list[int]:
     """The epochs after which Keras validates, in the types that it takes."""
     if isinstance(value, (list, tuple, set, range)):
         return [_validate.positive_int("validation_freq", epoch) for epoch in value]
     return _validate.positive_int("validation_freq", value)
 
 
-def check_callbacks(owner: DPTranscriber, callbacks: Any, reported: set[str]) -> None:
+def build_measures(owner: DPTranscriber) -> None:
+    """Builds loss and metrics for labels as the loss takes them: numbers first."""
+    classes = owner.teacher.num_classes
+    # One row more than classes: no label passes for a row of logits.
+    logits = tf.zeros([classes + 1, classes])
+    numbers = tf.zeros([classes + 1], tf.int32)
+    forms = [numbers, tf.one_hot(numbers, classes)]
+    done = _first_form(forms, lambda y: owner.compute_loss(y=y, y_pred=logits))
+    forms.sort(key=lambda labels: labels is not done)
+    _first_form(forms, lambda y: owner.compute_metrics(None, y, logits))
+
+
+def _first_form(forms: list[tf.Tensor], call: Callable[[tf.Tensor], Any]) -> tf.Tensor:
+    """Calls with the first form of labels and, where it does not do, with the last."""
+    try:
+        call(forms[0])
+    except (ValueError, TypeError, tf.errors.InvalidArgumentError):
+        call(forms[-1])
+        return forms[-1]
+    return forms[0]
+
+
+def _check_callbacks(owner: DPTranscriber, callbacks: Any, reported: set[str]) -> None:
     """Refuses callbacks that would fail when an epoch has been paid for, or do nothing.
 
     Args:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import keras
@@ -26,25 +25,20 @@ from dp_transcribe.learning import (
 )
 from dp_transcribe.losses.objective import GeneratorObjective
 from dp_transcribe.mechanisms.base import Mechanism, Released
-from dp_transcribe.mechanisms.clipping.validate import (
-    check_student as check_clippable,
-)
-from dp_transcribe.mechanisms.inherited import Inherited
 from dp_transcribe.mechanisms.noise import NoiseSource, secret_bytes
+from dp_transcribe.optimizers import build_optimizers, check_optimizers
 from dp_transcribe.precision import require_float32
-from dp_transcribe.privacy.inheritance import inherit
 from dp_transcribe.privacy.ledger import Ledger
-from dp_transcribe.privacy.statement import PrivacyStatement, statement_from_ledger
+from dp_transcribe.privacy.statement import PrivacyStatement
 from dp_transcribe.queries import FreshQueries, Queries, QueryPool
 from dp_transcribe.rehearsal import (
-    check_callbacks,
+    build_measures,
     check_checkpoint_path,
-    check_frequency,
     check_no_data,
-    try_validation,
+    rehearse,
 )
 from dp_transcribe.saving import as_bytes, as_text, config_of, made_from, numbered
-from dp_transcribe.students import check_student
+from dp_transcribe.statements import inherited_beside, own_statement
 from dp_transcribe.teachers import Teacher, as_teacher
 from dp_transcribe.workers import (
     LocalCopy,
@@ -192,7 +186,7 @@ class DPTranscriber(keras.Model):
         )
         self.generator_covered = generator_covered
         _validate.optional_seed("seed", seed)
-        self._check_parts()
+        compatibility.check_parts(self)
         self._has_other_workers = has_other_workers(self.distribute_strategy)
         self.noise = NoiseSource(seed)
         self.schedule = tuple(_validate.positive_int("schedule", n) for n in schedule)
@@ -266,39 +260,6 @@ class DPTranscriber(keras.Model):
         """The student's logits `[batch, classes]`."""
         return self.student(inputs, training=training)
 
-    def _check_parts(self) -> None:
-        check_student(self.student, self.teacher)
-        check_clippable(self.student)
-        compatibility.check_learns(self.student)
-        compatibility.check_dtype(self.dtype_policy)
-        self.mechanism.check(self.teacher.num_classes)
-        self.mechanism.check_teacher(self.teacher)
-        compatibility.check_guidance(self.mechanism, self.generator_covered)
-        if self.second_student is not None:
-            compatibility.check_second_student(
-                self.second_student, self.student, self.teacher, self.mechanism
-            )
-        if self.trains_generator:
-            compatibility.check_objective(
-                self.objective, self.mechanism, self.second_student
-            )
-        compatibility.check_source(
-            "generator", self.generator, self.teacher, trained=self.trains_generator
-        )
-        compatibility.check_source("public_prior", self.public_prior, self.teacher)
-        covered = self.generator_covered and not isinstance(self.mechanism, Inherited)
-        compatibility.check_unguided("generator", self.generator, covered)
-        if isinstance(self.mechanism, Inherited):
-            compatibility.check_inherited(self.generator, self.teacher)
-        compatibility.check_unguided("public_prior", self.public_prior, True)
-        compatibility.check_queries(
-            self.queries, self.mechanism, self._num_replicas, self.student
-        )
-        classes = getattr(self.generator, "num_classes", None)
-        if classes not in (None, self.teacher.num_classes):
-            expected = f"{self.teacher.num_classes} classes, as the teacher has"
-            raise _validate.invalid("generator", classes, expected)
-
     @property
     def _num_replicas(self) -> int:
         return self.distribute_strategy.num_replicas_in_sync
@@ -334,7 +295,7 @@ class DPTranscriber(keras.Model):
             raise _validate.invalid("optimizer", kwargs["optimizer"], expected)
         student_optimizer = keras.optimizers.get(student_optimizer)
         generator_optimizer = keras.optimizers.get(generator_optimizer)
-        self._check_optimizers(student_optimizer, generator_optimizer)
+        check_optimizers(self, student_optimizer, generator_optimizer)
         if loss is None:
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         own = {"loss", "epsilon", *self._trackers}
@@ -351,17 +312,8 @@ class DPTranscriber(keras.Model):
         self.generator_optimizer = generator_optimizer
         self._compile_arguments = {"loss": loss, "metrics": metrics, **kwargs}
         self._local_student = LocalCopy(self.student, self._compile_arguments)
-        self._build_optimizers()
+        build_optimizers(self)
         self._follow_trainable()
-
-    def _check_optimizers(self, student: Any, generator: Any) -> None:
-        variables = self.student.trainable_variables
-        compatibility.check_optimizer("student_optimizer", student, variables)
-        if generator is None and not self.trains_generator:
-            return
-        variables = self.generator.trainable_variables if self.trains_generator else []
-        compatibility.check_optimizer("generator_optimizer", generator, variables)
-        compatibility.check_own_optimizer(generator, student)
 
     def _follow_trainable(self) -> None:
         """Makes another learner if other weights learn than when it was made."""
@@ -375,15 +327,6 @@ class DPTranscriber(keras.Model):
         self._forget_run()
         if kept is not None:
             cast(AnswerLearner, self._make_learner()).set_replay(kept)
-
-    def _build_optimizers(self) -> None:
-        self.optimizer.build(self.student.trainable_variables)
-        if self.second_student is not None:
-            alike = keras.saving.serialize_keras_object(self.optimizer)
-            self.second_optimizer = keras.saving.deserialize_keras_object(alike)
-            self.second_optimizer.build(self.second_student.trainable_variables)
-        if isinstance(self.generator, keras.Model) and self.generator_optimizer:
-            self.generator_optimizer.build(self.generator.trainable_variables)
 
     def get_compile_config(self) -> dict[str, Any]:
         """Returns the arguments of `compile`, serialised."""
@@ -559,23 +502,18 @@ class DPTranscriber(keras.Model):
         require_float32()
         check_no_data(data, kwargs)
         compatibility.check_learns(self.student)
-        self._check_optimizers(self.optimizer, self.generator_optimizer)
+        check_optimizers(self, self.optimizer, self.generator_optimizer)
         if isinstance(self.teacher, Teacher) and not self.run_eagerly:
             self.teacher.check_in_graph()
         self._check_ledger()
-        validation = {
-            "validation_data": validation_data,
-            "validation_batch_size": validation_batch_size,
-            "validation_steps": validation_steps,
-            "validation_freq": check_frequency(validation_freq),
-        }
-        measured = try_validation(
+        validation = rehearse(
             self,
-            validation_data,
+            callbacks=callbacks,
+            data=validation_data,
             batch_size=validation_batch_size,
             steps=validation_steps,
+            frequency=validation_freq,
         )
-        check_callbacks(self, callbacks, measured | self._reported)
         self.budget.plan(
             target_epsilon=target_epsilon,
             delta=delta,
@@ -599,7 +537,7 @@ class DPTranscriber(keras.Model):
             )
 
     @property
-    def _reported(self) -> set[str]:
+    def reported(self) -> set[str]:
         """Names of what a run reports after each epoch, validation aside."""
         names = {"epsilon", *self._trackers}
         return names if self.trains_generator else names - {"generator_loss"}
@@ -611,21 +549,10 @@ class DPTranscriber(keras.Model):
             self._renew_key()
         self._was_loaded = False
         self._make_learner().prepare()
-        self._build_measures()
+        build_measures(self)
         self.reset_metrics()
         if self._has_other_workers:
             check_equal(self.distribute_strategy, self._shared_state())
-
-    def _build_measures(self) -> None:
-        """Builds loss and metrics for labels as the loss takes them: numbers first."""
-        classes = self.teacher.num_classes
-        # One row more than classes: no label passes for a row of logits.
-        logits = tf.zeros([classes + 1, classes])
-        numbers = tf.zeros([classes + 1], tf.int32)
-        forms = [numbers, tf.one_hot(numbers, classes)]
-        done = _first_form(forms, lambda y: self.compute_loss(y=y, y_pred=logits))
-        forms.sort(key=lambda labels: labels is not done)
-        _first_form(forms, lambda y: self.compute_metrics(None, y, logits))
 
     def _renew_key(self) -> None:
         """A new key of the noise, the first worker's on all of them."""
@@ -678,7 +605,7 @@ class DPTranscriber(keras.Model):
         traced: dict[tuple[bool, int], Any] = {}
 
         def accounted(iterator: Any) -> dict[str, Any]:
-            self._check_optimizers(self.optimizer, self.generator_optimizer)
+            check_optimizers(self, self.optimizer, self.generator_optimizer)
             learner, steps = self._make_learner(), self.steps_per_execution
             needs_pool = self.budget.spend(steps)
             self.releases.assign(self.ledger.releases(self.mechanism.unit))
@@ -729,30 +656,7 @@ class DPTranscriber(keras.Model):
             RuntimeError: the weights are another transcriber's, without its ledger.
         """
         self._check_ledger()
-        covered, not_covered = ["student"], ["teacher", "checkpoints (they hold keys)"]
-        (covered if self.generator_covered else not_covered).append("generator")
-        if isinstance(self.mechanism, Inherited):
-            _validate.one_of("delta", delta, (None, self.mechanism.statement.delta))
-            left_out = not_covered[2:]
-            return inherit(
-                self.mechanism.statement, covered=covered, not_covered=left_out
-            )
-        return statement_from_ledger(
-            self.ledger,
-            unit=self.mechanism.unit,
-            relation=self.mechanism.relation,
-            delta=self.budget.terms["delta"] if delta is None else delta,
-            accountant=accountant or self.budget.accountant,
-            mechanism=self.mechanism.name,
-            covered=covered,
-            not_covered=not_covered,
-            sampling=self.queries.assumption(self.mechanism.unit),
-            noise_seed=self.seed,
-            details={
-                "mechanism": self.mechanism.get_config(),
-                "queries": dataclasses.asdict(self.queries),
-            },
-        )
+        return own_statement(self, delta=delta, accountant=accountant)
 
     def privacy_statements(
         self, *, delta: float | None = None, accountant: str | None = None
@@ -772,14 +676,7 @@ class DPTranscriber(keras.Model):
             The mechanism's statement first.
         """
         own = self.privacy_statement(delta=delta, accountant=accountant)
-        inherited = getattr(self.teacher, "statement", None)
-        if inherited is None or own.unit is inherited.unit:
-            return (own,)
-        if compatibility.guided_by_another(self.generator, self.teacher):
-            return (own,)
-        covered, left_out = ["student"], ["checkpoints (they hold keys)"]
-        (covered if self.generator_covered else left_out).append("generator")
-        return own, inherit(inherited, covered=covered, not_covered=left_out)
+        return (own, *inherited_beside(self, own))
 
     # How it is kept.
 
@@ -902,16 +799,6 @@ class DPTranscriber(keras.Model):
         else:
             with tempfile.TemporaryDirectory() as folder:
                 self.save(pathlib.Path(folder) / path.name)
-
-
-def _first_form(forms: list[tf.Tensor], call: Callable[[tf.Tensor], Any]) -> tf.Tensor:
-    """Calls with the first form of labels and, where it does not do, with the last."""
-    try:
-        call(forms[0])
-    except (ValueError, TypeError, tf.errors.InvalidArgumentError):
-        call(forms[-1])
-        return forms[-1]
-    return forms[0]
 
 
 # What steps were traced with and what was checked when the transcriber was made.
