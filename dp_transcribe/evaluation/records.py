@@ -20,7 +20,7 @@ from dp_transcribe.distillation.class_means import (
     release_class_means,
 )
 from dp_transcribe.distillation.distill import Distillation
-from dp_transcribe.distillation.kernels import RBFKernel
+from dp_transcribe.distillation.kernels import Kernel, RBFKernel
 from dp_transcribe.distillation.kip import DPKIP, KIPTraining
 from dp_transcribe.distillation.linear import LinearTraining, PrivateLinearModel
 from dp_transcribe.distillation.matching import MeanMatching
@@ -304,6 +304,7 @@ def _teacher_attacks(
 def audit_dpkip(
     training: KIPTraining | None = None,
     *,
+    kernel: Kernel | None = None,
     target_epsilon: float = 1.0,
     delta: float = 1e-5,
     canaries: int = 500,
@@ -319,6 +320,8 @@ def audit_dpkip(
 
     Args:
         training: how it is run; every step takes a sample of the canaries.
+        kernel: one that compares pixels as they are, such as `RBFKernel`, the default;
+            an inner product takes the closed forms of the gradient.
         target_epsilon: per record.
         delta: strictly between 0 and 1.
         canaries: number of records, every one a canary.
@@ -339,7 +342,9 @@ def audit_dpkip(
     labels = np.zeros(canaries, np.int32)
     support = np.zeros((2, canaries + 1))
     support[:, -1] = _SUPPORT, -_SUPPORT
-    model = _ObservedKIP(RBFKernel(), support, 2, training or KIP_TRAINING, seed=seed)
+    model = _ObservedKIP(
+        kernel or RBFKernel(), support, 2, training or KIP_TRAINING, seed=seed
+    )
     model.first = first
     model.fit(records, labels, target_epsilon=target_epsilon, delta=delta, verbose=0)
     seen = np.stack(model.seen)

@@ -14,6 +14,7 @@ from dp_transcribe.distillation import (
     kip,
     linear,
 )
+from dp_transcribe.distillation.kernels import InnerProductKernel
 from dp_transcribe.distillation.releases import RecordSums
 from dp_transcribe.ensembles import ShardPlan
 from dp_transcribe.evaluation import (
@@ -89,6 +90,13 @@ def without_clipping(monkeypatch):
         "class_sums",
         lambda *rows, l2_norm, **kwargs: class_sums(*rows, l2_norm=10.0, **kwargs),
     )
+    for name in ("pixel_gradient_sum", "feature_gradient_sum"):
+        summed = getattr(kip, name)
+
+        def unclipped(*arguments, _summed=summed, l2_norm, **kwargs):
+            return _summed(*arguments, l2_norm=1e9, **kwargs)
+
+        monkeypatch.setattr(kip, name, unclipped)
     for module, name in ((kip, "_sum_clipped"), (ensemble_gradient, "_clipped_sum")):
         bounded = getattr(module, name)
         monkeypatch.setattr(
@@ -394,6 +402,31 @@ def test_a_bug_planted_in_dpkip_is_flagged(training, mutant, monkeypatch):
     result = audit_dpkip(training, target_epsilon=2.0, canaries=1000, seed=2)
     assert result.claimed_epsilon <= 2.0
     assert result.flagged, result
+
+
+class Pixels(InnerProductKernel):
+    """Products of pixels, for which DP-KIP has its gradients in closed form."""
+
+    def embed(self, inputs):
+        return tf.cast(inputs, tf.float32)
+
+
+@pytest.mark.parametrize("bounded", ["pixels", "features"])
+@pytest.mark.parametrize(
+    ("mutant", "flagged"),
+    [(None, False), (without_noise, True), (without_clipping, True)],
+)
+def test_dpkip_with_an_inner_product_is_flagged_by_its_bugs_alone(
+    bounded, mutant, flagged, monkeypatch
+):
+    if mutant is not None:
+        mutant(monkeypatch)
+    training = dataclasses.replace(KIP_WHOLE, steps=4, bounded=bounded)
+    result = audit_dpkip(
+        training, kernel=Pixels(), target_epsilon=2.0, canaries=400, seed=2
+    )
+    assert result.claimed_epsilon <= 2.0
+    assert result.flagged == flagged, result
 
 
 @pytest.mark.slow
