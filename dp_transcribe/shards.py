@@ -330,6 +330,9 @@ def _claim(
     }
     path = folder / MANIFEST
     if not path.exists():
+        if any(folder.glob("teacher_*.npz")):
+            expected = f"a folder whose {MANIFEST} tells what its teachers have seen"
+            raise _validate.invalid("folder", str(folder), expected, "Choose another.")
         with replacing(path) as partial:
             partial.write_text(json.dumps(facts, indent=2), encoding="utf-8")
         return

@@ -264,6 +264,20 @@ def test_a_folder_of_other_teachers_is_refused(tmp_path, change):
         train_shard_teachers(**{**arguments, **change})
 
 
+def test_teachers_of_which_nothing_is_told_are_not_adopted(tmp_path):
+    small_ensemble(folder=tmp_path)
+    (tmp_path / shards_module.MANIFEST).unlink()
+    with pytest.raises(ValueError, match="folder"):
+        train_shard_teachers(
+            member,
+            private_data(1),
+            shards=SHARDS,
+            fit=RidgeFit(),
+            folder=tmp_path,
+            seed=1,
+        )
+
+
 @pytest.mark.slow
 def test_processes_train_the_same_teachers(tmp_path):
     alone = small_ensemble().get_weights()
