@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 Fit = Callable[[keras.Model, np.ndarray, np.ndarray], None]
 MANIFEST = "manifest.json"
 _ROWS = 500
+# Of the trial of features, and what rounding may change in them.
+_ROWS_TRIED, _FEATURES_SHARE = 4, 1e-4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +142,8 @@ def train_shard_teachers(
         dataset: private records `(inputs [n, ...], labels int [n])`, or a
             `tf.data.Dataset` of single `(input, label)` pairs in a fixed order.
         shards: number of teachers, K.
-        features: a public model, images to features, applied once to all records.
+        features: a public model, images to features, applied once to all records. It
+            must treat them one by one, which is tried.
         fit: trains a member in place, `fit(model, inputs, labels)`; by default
             `ShardTraining()`. One of your own gets a new model for each shard, and
             variables that models share are put back after each. It must
@@ -163,8 +166,8 @@ def train_shard_teachers(
 
     Raises:
         ValueError: an argument is out of range, `model_fn` returns one model twice,
-            the folder holds teachers of other records or settings, or a process has
-            tensors before it has its GPU.
+            `features` let records meet, the folder holds teachers of other records or
+            settings, or a process has tensors before it has its GPU.
 
     **Privacy**: none by itself: teachers and folder are as private as the records.
     The number of records, the split and all settings must be public. Mechanisms count
@@ -175,6 +178,8 @@ def train_shard_teachers(
     """
     inputs, labels = _as_arrays(dataset)
     plan = ShardPlan(len(inputs), shards, seed)
+    if features is not None:
+        _check_features(features, inputs)
     fit = fit or ShardTraining()
     if _validate.positive_int("processes", processes) > 1:
         _leave_gpu_memory()
@@ -306,6 +311,25 @@ def _in_batches(features: keras.Model, inputs: np.ndarray) -> np.ndarray:
     apply = tf.function(lambda rows: features(rows, training=False))
     starts = range(0, len(inputs), _ROWS)
     return np.concatenate([apply(inputs[i : i + _ROWS]).numpy() for i in starts])
+
+
+def _check_features(features: keras.Model, inputs: np.ndarray) -> None:
+    """Refuses features of a record that change with others; tried on random rows."""
+    random = np.random.default_rng(0)
+    whole = np.issubdtype(inputs.dtype, np.integer)
+    shape = (_ROWS_TRIED, *inputs.shape[1:])
+    draws = random.integers(0, 2, shape) if whole else random.random(shape)
+    rows = draws.astype(inputs.dtype)
+    base = np.asarray(features(rows, training=False))
+    for number in range(_ROWS_TRIED):
+        changed = rows.copy()
+        changed[number] = 1 - rows[number] if whole else 10 * random.random(shape[1:])
+        moved = np.abs(np.asarray(features(changed, training=False)) - base)
+        moved = np.delete(moved, number, axis=0)
+        if not np.all(moved <= _FEATURES_SHARE * np.abs(base).max()):
+            expected = "a model that treats the rows of a batch one by one"
+            mend = "A record would get to other shards by the features of others."
+            raise _validate.invalid("features", features, expected, mend)
 
 
 def _claim(

@@ -13,7 +13,12 @@ from dp_transcribe import shards as shards_module
 from dp_transcribe.ensembles import ShardPlan, TeacherEnsemble
 from dp_transcribe.generators.conv_generator import ConvGenerator
 from dp_transcribe.guidance import pretrain_by_teacher
-from dp_transcribe.shards import RidgeFit, ShardTraining, train_shard_teachers
+from dp_transcribe.shards import (
+    RidgeFit,
+    ShardTraining,
+    linear_member,
+    train_shard_teachers,
+)
 from tests import tiny
 
 RECORDS, SHARDS = 120, 6
@@ -424,6 +429,27 @@ def test_one_pass_answers_as_the_members_one_by_one(make):
     assert np.allclose(ensemble.probabilities(images), votes / 4)
     assert np.allclose(ensemble.predict(images), votes / 4)
     assert np.allclose(ensemble.member_probabilities(images).numpy().sum(-1), 1)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8])
+def test_features_that_let_records_meet_are_refused(dtype):
+    inputs = keras.layers.Input(tiny.IMAGE)
+    flat = keras.layers.Flatten()(inputs)
+    pixels = (private_data()[0] * 255).astype(dtype), private_data()[1]
+
+    def trained(along):
+        normalized = keras.layers.UnitNormalization(along)(flat)
+        return train_shard_teachers(
+            lambda: linear_member(tiny.PIXELS, tiny.CLASSES),
+            pixels,
+            shards=SHARDS,
+            fit=RidgeFit(),
+            features=keras.Model(inputs, normalized),
+        )
+
+    trained(-1)
+    with pytest.raises(ValueError, match="`features`"):
+        trained(0)
 
 
 def test_shared_features_are_applied_before_the_members():
