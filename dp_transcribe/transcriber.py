@@ -755,6 +755,15 @@ class DPTranscriber(keras.Model):
         if self.train_function is not None:
             self.make_train_function(force=True)
 
+    def __reduce__(self) -> Any:
+        """What `copy` and `pickle` take: a checkpoint that goes on with its own noise.
+
+        **Privacy**: holds the noise key and the teacher, as every checkpoint. Of the
+        copy and the original one student alone may be released.
+        """
+        rebuild, arguments = super().__reduce__()
+        return _with_own_noise, (rebuild, *arguments)
+
     def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """As in Keras, to a `.keras` file; see `save_checkpoint`."""
         check_checkpoint_path("filepath", os.fspath(filepath))
@@ -799,6 +808,15 @@ class DPTranscriber(keras.Model):
         else:
             with tempfile.TemporaryDirectory() as folder:
                 self.save(pathlib.Path(folder) / path.name)
+
+
+def _with_own_noise(
+    rebuild: Callable[..., DPTranscriber], *arguments: Any
+) -> DPTranscriber:
+    """A copy; the same noise under its sums and the original's would cancel."""
+    transcriber = rebuild(*arguments)
+    transcriber._renew_key()
+    return transcriber
 
 
 # What steps were traced with and what was checked when the transcriber was made.

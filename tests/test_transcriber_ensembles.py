@@ -1,5 +1,8 @@
 """Transcribing an ensemble: budget, refusals, checkpoints, replicas, units."""
 
+import copy
+import pickle
+
 import dp_accounting
 import keras
 import numpy as np
@@ -147,6 +150,28 @@ def test_weights_of_before_the_first_run_forget_no_release(
         fit(model, 2, target_epsilon=1.0)
     fit(model, 2, target_epsilon=2.0)
     assert 1.0 < epsilon(model) <= 2.0
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["copy", "deepcopy", "pickle"],
+)
+def test_a_copy_does_not_repeat_the_noise_of_the_original(ensemble, copied):
+    """Equal sums of one step, so that noise which comes twice gives equal weights."""
+    mechanism = EnsembleGradient(num_teachers=SHARDS, noise_multiplier=3.0)
+    model = tiny.transcriber(mechanism, teacher=ensemble, seed=None)
+    fit(model, 1)
+    other = copied(model)
+    assert other.ledger == model.ledger
+    np.testing.assert_array_equal(
+        tiny.flat_weights(other.student), tiny.flat_weights(model.student)
+    )
+    other.run_eagerly = True
+    for each in (model, other):
+        fit(each, 1)
+    moved = tiny.flat_weights(other.student) - tiny.flat_weights(model.student)
+    assert np.std(moved) > 1e-2
 
 
 def test_the_student_chooses_half_of_the_queries_by_its_doubt():
