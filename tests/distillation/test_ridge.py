@@ -85,7 +85,7 @@ def test_is_an_estimator_of_scikit_learn():
 @pytest.mark.parametrize(("hidden_layers", "width"), [(1, 8192), (2, 800)])
 def test_tangent_kernel_is_the_limit_of_wide_networks(hidden_layers, width):
     kernel = NTKKernel(hidden_layers, weight_std=1.3, bias_std=0.2)
-    inputs = tf.constant(RNG.normal(size=(3, 6)), tf.float32)
+    inputs = tf.constant(np.random.default_rng(3).normal(size=(3, 6)), tf.float32)
     measured = np.mean(
         [_empirical_kernel(kernel, inputs, seed, width) for seed in range(6)], axis=0
     )
