@@ -22,6 +22,7 @@ import tensorflow as tf
 from dp_transcribe import _validate
 from dp_transcribe._files import digest_of, replacing
 from dp_transcribe.ensembles import ShardPlan, TeacherEnsemble
+from dp_transcribe.students import check_not_adapted
 
 logger = logging.getLogger(__name__)
 
@@ -137,8 +138,9 @@ def train_shard_teachers(
     resumed run gives the teachers of the uninterrupted one.
 
     Args:
-        model_fn: makes a new member: features (or images) to logits. With
-            `processes` above one it must be importable, so no lambda.
+        model_fn: makes a new member: features (or images) to logits, without layers
+            with statistics of `adapt`. With `processes` above one it must be
+            importable, so no lambda.
         dataset: private records `(inputs [n, ...], labels int [n])`, or a
             `tf.data.Dataset` of single `(input, label)` pairs in a fixed order.
         shards: number of teachers, K.
@@ -166,8 +168,9 @@ def train_shard_teachers(
 
     Raises:
         ValueError: an argument is out of range, `model_fn` returns one model twice,
-            `features` let records meet, the folder holds teachers of other records or
-            settings, or a process has tensors before it has its GPU.
+            `features` let records meet, a model has statistics of `adapt`, the folder
+            holds teachers of other records or settings, or a process has tensors
+            before it has its GPU.
 
     **Privacy**: none by itself: teachers and folder are as private as the records.
     The number of records, the split and all settings must be public. Mechanisms count
@@ -179,6 +182,7 @@ def train_shard_teachers(
     inputs, labels = _as_arrays(dataset)
     plan = ShardPlan(len(inputs), shards, seed)
     if features is not None:
+        check_not_adapted("features", features)
         _check_features(features, inputs)
     fit = fit or ShardTraining()
     if _validate.positive_int("processes", processes) > 1:
@@ -342,6 +346,8 @@ def _claim(
     labels: np.ndarray,
 ) -> None:
     """Notes what the folder's teachers were trained from, or compares with it."""
+    member = model_fn()
+    check_not_adapted("model_fn", member)
     parts = {"inputs": inputs, "labels": labels}
     if features is not None:
         shared = [np.ravel(w) for w in features.get_weights()]
@@ -349,7 +355,7 @@ def _claim(
     facts = {
         "plan": dataclasses.asdict(plan),
         "fit": repr(fit) if dataclasses.is_dataclass(fit) else type(fit).__name__,
-        "member": [list(variable.shape) for variable in model_fn().variables],
+        "member": [list(variable.shape) for variable in member.variables],
         **{name: digest_of(array) for name, array in parts.items()},
     }
     path = folder / MANIFEST

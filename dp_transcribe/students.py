@@ -330,6 +330,37 @@ def check_ends_in_logits(name: str, model: keras.Model) -> None:
         raise invalid(name, last.name, f"a {name} ending in logits", mend)
 
 
+def check_not_adapted(name: str, model: keras.Model) -> None:
+    """Refuses a model with statistics of data that no privacy accounting knows of.
+
+    Args:
+        name: of the argument.
+        model: a built Keras model.
+
+    Raises:
+        ValueError: a layer of it has no constants, so that `adapt` fits it to data.
+    """
+    layers = model._flatten_layers(include_self=True, recursive=True)
+    adapted = [layer.name for layer in layers if _is_adapted(layer)]
+    if adapted:
+        mend = "State public constants instead, as `Normalization(mean=, variance=)`."
+        expected = (
+            "no layers with statistics of `adapt`, which would carry private records "
+            "past all noise"
+        )
+        raise invalid(name, adapted, expected, mend)
+
+
+def _is_adapted(layer: keras.layers.Layer) -> bool:
+    """Whether a layer has no constants, so that `adapt` fits it to data."""
+    if isinstance(layer, keras.layers.Normalization):
+        return layer.input_mean is None
+    if isinstance(layer, keras.layers.Discretization):
+        return layer.num_bins is not None
+    # TextVectorization, StringLookup, IntegerLookup and what derives from them.
+    return not getattr(layer, "_has_input_vocabulary", True)
+
+
 def _check_dtypes(student: keras.Model) -> None:
     """Refuses float16: its gradients under- and overflow before they are clipped."""
     for layer in student._flatten_layers(include_self=True, recursive=True):

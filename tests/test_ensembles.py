@@ -431,6 +431,28 @@ def test_one_pass_answers_as_the_members_one_by_one(make):
     assert np.allclose(ensemble.member_probabilities(images).numpy().sum(-1), 1)
 
 
+@pytest.mark.parametrize("name", ["model_fn", "features"])
+def test_statistics_of_all_records_are_refused(name):
+    """Each teacher, or what it is asked through, would depend on every record."""
+    images, labels = private_data()
+    layer = keras.layers.Normalization(axis=None, name="the_culprit")
+    layer.adapt(images)
+    inputs = keras.layers.Input(tiny.IMAGE)
+    adapted = keras.Model(inputs, keras.layers.Flatten()(layer(inputs)))
+    dense = keras.layers.Dense(tiny.CLASSES)
+    models = {
+        "model_fn": {"model_fn": lambda: keras.Sequential([adapted, dense])},
+        "features": {
+            "model_fn": lambda: linear_member(tiny.PIXELS, tiny.CLASSES),
+            "features": adapted,
+        },
+    }
+    with pytest.raises(ValueError, match=f"`{name}`.*`adapt`.*the_culprit"):
+        train_shard_teachers(
+            dataset=(images, labels), shards=SHARDS, fit=RidgeFit(), **models[name]
+        )
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8])
 def test_features_that_let_records_meet_are_refused(dtype):
     inputs = keras.layers.Input(tiny.IMAGE)

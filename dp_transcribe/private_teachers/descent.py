@@ -21,12 +21,12 @@ from dp_transcribe._files import digest_of, replacing
 from dp_transcribe.distillation.linear import check_labels
 from dp_transcribe.distillation.releases import RELATION, RecordSums, sum_event
 from dp_transcribe.mechanisms.clipping import clipped_gradient_sum
-from dp_transcribe.mechanisms.clipping.validate import check_sampled, every_layer
+from dp_transcribe.mechanisms.clipping.validate import check_sampled
 from dp_transcribe.privacy.accounting import ACCOUNTANTS
 from dp_transcribe.privacy.calibration import noise_multiplier_for
 from dp_transcribe.privacy.ledger import Ledger
 from dp_transcribe.privacy.units import Unit
-from dp_transcribe.students import check_ends_in_logits
+from dp_transcribe.students import check_ends_in_logits, check_not_adapted
 from dp_transcribe.teachers import Teacher
 
 _LOGGER = logging.getLogger(__name__)
@@ -394,23 +394,6 @@ def _check_model(model: Any, images: np.ndarray) -> None:
         expected = f"a built model of inputs {images.shape[1:]}, as `images` has"
         raise _validate.invalid("model", shape, expected)
     check_ends_in_logits("model", model)
-    adapted = [layer.name for layer in every_layer(model) if _is_adapted(layer)]
-    if adapted:
-        mend = "State public constants instead, as `Normalization(mean=, variance=)`."
-        expected = (
-            "no layers with statistics of `adapt`, which would be released with the "
-            "teacher, without noise"
-        )
-        raise _validate.invalid("model", adapted, expected, mend)
+    check_not_adapted("model", model)
     mend = "Leave out Dropout and random augmentation: records are sampled in a step."
     check_sampled(model, mend)
-
-
-def _is_adapted(layer: keras.layers.Layer) -> bool:
-    """Whether a layer has no constants, so that `adapt` fits it to data."""
-    if isinstance(layer, keras.layers.Normalization):
-        return layer.input_mean is None
-    if isinstance(layer, keras.layers.Discretization):
-        return layer.num_bins is not None
-    # TextVectorization, StringLookup, IntegerLookup and what derives from them.
-    return not getattr(layer, "_has_input_vocabulary", True)
