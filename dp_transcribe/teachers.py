@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,8 @@ from dp_transcribe.privacy.statement import (
 
 Outputs = Literal["logits", "probabilities"]
 _PROBE_IMAGES = 32
+# Variables that a budget was spent on, by their ids.
+_SPENT_ON: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 # Which file a statement beside a teacher belongs to.
 _DIGEST = "model_sha256"
 
@@ -73,6 +76,8 @@ class Teacher:
             model = _load(model)
         one_of("outputs", outputs, (None, "logits", "probabilities"))
         self.model = model if isinstance(model, keras.Model) else None
+        if self.statement is not None and self.model is not None:
+            note_spent_on(self.model)
         self.input_range = _check_input_range(input_range)
         self._forward, known_shape, known_outputs = _as_function(
             model, self.input_range
@@ -243,6 +248,16 @@ class Teacher:
                 f"`run_eagerly=True` ({error})."
             )
             raise invalid("teacher", self._forward, expected, mend) from error
+
+
+def note_spent_on(model: keras.Model) -> None:
+    """Remembers that private records have moved a model, and that it was paid for."""
+    _SPENT_ON.update({id(variable): variable for variable in model.variables})
+
+
+def was_spent_on(model: keras.Model) -> bool:
+    """Whether a variable of a model was in one that `note_spent_on` knows of."""
+    return any(id(variable) in _SPENT_ON for variable in model.variables)
 
 
 def as_teacher(teacher: Teacher | Any) -> Teacher:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import os
-import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,9 @@ from dp_transcribe.privacy.calibration import noise_multiplier_for
 from dp_transcribe.privacy.ledger import Ledger
 from dp_transcribe.privacy.units import Unit
 from dp_transcribe.students import check_ends_in_logits, check_not_adapted
-from dp_transcribe.teachers import Teacher
+from dp_transcribe.teachers import Teacher, note_spent_on, was_spent_on
 
 _LOGGER = logging.getLogger(__name__)
-# Variables of models that were trained here, by their ids.
-_TRAINED: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,8 +141,9 @@ def fit_private_teacher(
     Raises:
         ValueError: an argument is out of range, the labels do not fit, or the
             checkpoint is of another training or other records. Nothing was spent.
-        RuntimeError: the model was trained here before, if only in part, and there is
-            no checkpoint to go on from. Nothing was spent.
+        RuntimeError: the model was trained here before, if only in part, or is that of
+            a teacher with a statement, and there is no checkpoint to go on from.
+            Nothing was spent.
         UnsupportedStudentError: gradients of the model cannot be bounded per record.
 
     **Privacy**: unit `RECORD`, zero-out, the number of records being public. A
@@ -188,7 +186,7 @@ def fit_private_teacher(
     bar = keras.utils.Progbar(
         plan.epochs, verbose=verbose, stateful_metrics=["epsilon"]
     )
-    _TRAINED.update({id(variable): variable for variable in model.variables})
+    note_spent_on(model)
     for epoch in range(descent.epochs_done, plan.epochs):
         descent.run_epoch(images, labels)
         if path is not None:
@@ -361,12 +359,13 @@ class _Descent:
 
 
 def _refuse_trained(model: keras.Model) -> None:
-    """Refuses a model whose weights a training here has moved.
+    """Refuses a model whose weights private records have moved before.
 
     Raises:
-        RuntimeError: a variable of it was in such a training.
+        RuntimeError: a variable of it was in such a training, or is that of a teacher
+            with a statement.
     """
-    if any(id(variable) in _TRAINED for variable in model.variables):
+    if was_spent_on(model):
         raise RuntimeError(
             "This model was trained privately before, if only in part. A second "
             "training would start from weights that the records have moved, and its "

@@ -219,6 +219,16 @@ def test_a_model_is_not_trained_twice():
     train(keras.models.clone_model(model))
 
 
+def test_a_teacher_with_a_statement_is_not_trained_on(tmp_path):
+    """A budget was spent on it, by whatever route; a second statement would omit it."""
+    train().save(tmp_path / "teacher.keras")
+    loaded = load_teacher(tmp_path / "teacher.keras")
+    before = tiny.flat_weights(loaded.model)
+    with pytest.raises(RuntimeError, match="Make a new model"):
+        train(loaded.model)
+    np.testing.assert_array_equal(tiny.flat_weights(loaded.model), before)
+
+
 def test_a_model_goes_on_from_its_checkpoint_and_no_further(tmp_path):
     whole, model = train(), tiny.linear_model(1, 0.1)
     path = tmp_path / "training.npz"
