@@ -193,7 +193,9 @@ def test_the_linear_route_takes_the_settings_of_the_flags(run, monkeypatch):
         raise ValueError("stop")
 
     monkeypatch.setattr(example, "distill", distill)
-    monkeypatch.setattr(example, "embed_in_batches", lambda _, x: x.reshape(len(x), -1))
+    monkeypatch.setattr(
+        example, "embed_in_batches", lambda _, x, verbose: x.reshape(len(x), -1)
+    )
     with pytest.raises(ValueError, match="stop"):
         run(
             example, "--steps=7", "--learning_rate=3", "--l2_norm=0.5",
@@ -218,7 +220,7 @@ def test_one_kernel_distils_and_classifies(
 ):
     used = {}
 
-    def embed(kernel, images):
+    def embed(kernel, images, verbose):
         used["embeds"] = kernel
         return images.reshape(len(images), -1)
 
@@ -247,7 +249,9 @@ def test_one_kernel_distils_and_classifies(
 
 def test_kept_features_are_of_the_images_at_hand(configure, monkeypatch, tmp_path):
     configure(example, "--kernel=rbf")
-    embed = mock.Mock(side_effect=lambda _, images: images.reshape(len(images), -1))
+    embed = mock.Mock(
+        side_effect=lambda _, images, verbose: images.reshape(len(images), -1)
+    )
     monkeypatch.setattr(example, "embed_in_batches", embed)
     # The first record has withdrawn, and the labels moved up with the images.
     rest = dataclasses.replace(
