@@ -20,7 +20,7 @@ from dp_transcribe._files import digest_of, replacing
 from dp_transcribe.distillation.linear import check_labels
 from dp_transcribe.distillation.releases import RELATION, RecordSums, sum_event
 from dp_transcribe.mechanisms.clipping import clipped_gradient_sum
-from dp_transcribe.mechanisms.clipping.validate import check_sampled
+from dp_transcribe.mechanisms.clipping.validate import check_sampled, every_layer
 from dp_transcribe.privacy.accounting import ACCOUNTANTS
 from dp_transcribe.privacy.calibration import noise_multiplier_for
 from dp_transcribe.privacy.ledger import Ledger
@@ -323,6 +323,7 @@ class _Descent:
             "delta": self.delta,
             "seed": self.releases.source.seed,
             "shapes": [list(v.shape) for v in self._variables()],
+            "layers": [_kind(layer) for layer in every_layer(self.model)],
         }
         return json.dumps(facts, sort_keys=True)
 
@@ -372,6 +373,13 @@ def _refuse_trained(model: keras.Model) -> None:
             "statement would leave out what that cost. Make a new model, or pass the "
             "`checkpoint` of the first training to go on with it."
         )
+
+
+def _kind(layer: keras.layers.Layer) -> str:
+    """What tells layers of equal shapes apart, whatever their names."""
+    activation = getattr(layer, "activation", None)
+    name = getattr(activation, "__name__", type(activation).__name__)
+    return f"{type(layer).__name__} {name}"
 
 
 def _digest(*records: np.ndarray) -> str:

@@ -199,6 +199,28 @@ def test_a_checkpoint_of_other_records_is_refused(tmp_path, part):
     np.testing.assert_array_equal(tiny.flat_weights(model), weights)
 
 
+def test_a_checkpoint_of_another_model_of_the_same_shapes_is_refused(tmp_path):
+    """The same noise on the sums of two models would cancel between them."""
+
+    def squashed(activation):
+        layers = keras.layers
+        return keras.Sequential(
+            [
+                layers.Input(tiny.IMAGE),
+                layers.Flatten(),
+                layers.Dense(5, activation=activation),
+                layers.Dense(tiny.CLASSES),
+            ]
+        )
+
+    path = tmp_path / "training.npz"
+    with pytest.raises(KeyboardInterrupt):
+        train(squashed("tanh"), checkpoint=path, on_step=interrupt)
+    with pytest.raises(ValueError, match="checkpoint"):
+        train(squashed("relu"), checkpoint=path)
+    train(squashed("tanh"), checkpoint=path)
+
+
 def interrupt(step, weights):
     if step == 4:
         raise KeyboardInterrupt
