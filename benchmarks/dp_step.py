@@ -17,6 +17,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -34,6 +35,9 @@ PEERS = {
     "opacus_ghost": ("opacus", "opacus_step.py"),
     "jax_privacy": ("jax_privacy", "jax_privacy_step.py"),
 }
+OWN = ("ghost", "vectorized", "tf_privacy")
+# A worker may have this part of the memory that is free; TF-Privacy asks for all of it.
+MEMORY_SHARE = 0.8
 TARGETS = {"mlp": 1.25, "lenet": 2.0, "wide": 1.5, "resnet": 1.5}
 
 logger = logging.getLogger("dp_step")
@@ -328,12 +332,34 @@ def draw(report, file):
     figure.savefig(file, dpi=120)
 
 
+def net_names(text):
+    """Names of nets, separated by commas."""
+    return chosen(text, NETS, "|".join(NETS))
+
+
+def path_names(text):
+    """Names of paths, separated by commas; ours may be in micro-batches."""
+    pattern = f"({'|'.join(OWN)})(/[1-9][0-9]*)?|{'|'.join(PEERS)}"
+    return chosen(text, (*OWN, *PEERS), pattern)
+
+
+def chosen(text, names, pattern):
+    """The names in a text, which argparse refuses if one does not fit the pattern."""
+    for name in text.split(","):
+        if not re.fullmatch(pattern, name):
+            known = ", ".join(names)
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {known}")
+    return text.split(",")
+
+
 def parse(arguments):
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("dp_step.json"))
-    parser.add_argument("--nets", default=",".join(NETS))
-    parser.add_argument("--paths", help="by default ours, and the installed peers'")
+    parser.add_argument("--nets", type=net_names, default=",".join(NETS))
+    parser.add_argument(
+        "--paths", type=path_names, help="by default ours, and the installed peers'"
+    )
     parser.add_argument("--peers_dir", type=Path, default=Path(".peers"))
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=9)
@@ -348,11 +374,22 @@ def default_paths(options):
         for path, (name, _) in PEERS.items()
         if (options.peers_dir / name / "bin" / "python").exists()
     ]
-    return ["ghost", "vectorized", *installed]
+    return [*OWN, *installed]
+
+
+def limit_memory():
+    """Lets a path that needs too much fail, and nothing else with it."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return
+    free = int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (int(free * MEMORY_SHARE),) * 2)
 
 
 def worker(kind, path, net, batch, repeats):
     """Measures one thing and prints it as JSON."""
+    limit_memory()
     if kind == "memory":
         return measure_memory(net, path, int(batch))
     return measure_time(net, path, int(batch), int(repeats))
@@ -364,11 +401,9 @@ def main():
         return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = parse(sys.argv[1:])
-    nets = options.nets.split(",")
-    paths = options.paths.split(",") if options.paths else default_paths(options)
-    report = run(
-        nets, paths, options.batch, options.repeats, options.timeout, options.peers_dir
-    )
+    paths = options.paths or default_paths(options)
+    settings = options.batch, options.repeats, options.timeout, options.peers_dir
+    report = run(options.nets, paths, *settings)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(report, indent=2) + "\n")
     draw(report, options.output.with_suffix(".png"))

@@ -5,7 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-import time
+import types
 from pathlib import Path
 
 import pytest
@@ -33,29 +33,54 @@ def fake_peer(folder, name, program):
     python.chmod(0o755)
 
 
-def test_the_ratio_is_that_of_medians_of_alternating_steps():
-    order = []
+def test_the_ratio_is_that_of_medians_of_alternating_steps(monkeypatch):
+    order, clock = [], types.SimpleNamespace(now=0.0)
+    for name in ("perf_counter", "process_time"):
+        monkeypatch.setattr(dp_step.time, name, lambda: clock.now)
 
-    def step(name, seconds):
+    def step(name, *seconds):
+        spent = iter(seconds)
+
         def run():
             order.append(name)
-            time.sleep(seconds)
+            clock.now += next(spent)
 
         return run
 
-    steps = {"plain": step("plain", 0.005), "private": step("private", 0.02)}
+    # The first two are a warm-up; the last but one of each is an outlier.
+    steps = {
+        "plain": step("plain", 9.0, 9.0, 1.0, 50.0, 2.0),
+        "private": step("private", 9.0, 9.0, 5.0, 70.0, 6.0),
+    }
     found = dp_step.compare(steps, (), 3)
     assert order[4:] == ["plain", "private"] * 3
-    assert 2 < found["ratio"] < 6
-    assert found["ratio"] == pytest.approx(found["private_ms"] / found["plain_ms"])
+    assert found["ratio"] == found["processor_ratio"] == 3.0
+    assert found["private_ms"] == pytest.approx(6000.0)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--nets=mlp,foo", "--paths=ghost/0", "--paths=opacus_hooks/2", "--nets="]
+)
+def test_what_is_not_known_is_refused(flag, capsys):
+    with pytest.raises(SystemExit) as ended:
+        dp_step.parse([flag])
+    assert ended.value.code == 2
+    assert "is none of" in capsys.readouterr().err
+
+
+def test_nets_and_paths_are_lists():
+    options = dp_step.parse(["--paths=ghost,ghost/2,jax_privacy"])
+    assert options.nets == list(dp_step.NETS)
+    assert options.paths == ["ghost", "ghost/2", "jax_privacy"]
 
 
 def test_peers_are_measured_where_they_are_installed(tmp_path):
     options = argparse.Namespace(peers_dir=tmp_path)
-    assert dp_step.default_paths(options) == ["ghost", "vectorized"]
+    own = ["ghost", "vectorized", "tf_privacy"]
+    assert dp_step.default_paths(options) == own
     fake_peer(tmp_path, "opacus", "print({})")
     found = dp_step.default_paths(options)
-    assert found == ["ghost", "vectorized", "opacus_hooks", "opacus_ghost"]
+    assert found == [*own, "opacus_hooks", "opacus_ghost"]
     missing = dp_step.measure("jax_privacy", NET, 10.0, tmp_path)
     assert "make_environments.py" in missing["error"]
 
