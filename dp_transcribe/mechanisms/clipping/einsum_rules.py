@@ -16,6 +16,7 @@ from dp_transcribe.mechanisms.clipping.per_example import (
 )
 from dp_transcribe.mechanisms.clipping.recording import Recording
 from dp_transcribe.mechanisms.clipping.rules import Pairs, activated, bias
+from dp_transcribe.mechanisms.clipping.validate import every_layer
 
 
 def einsum_dense(
@@ -117,11 +118,9 @@ class Attention:
 
     def __init__(self, layer: keras.layers.MultiHeadAttention) -> None:
         self._softmax = keras.layers.Softmax(dtype=layer.dtype_policy)
-        self._dropout = None
-        if layer.dropout:
-            self._dropout = keras.layers.Dropout(
-                layer.dropout, dtype=layer.dtype_policy, seed=layer.seed
-            )
+        # The layer's own, whose state is saved with the model.
+        inner = (x for x in every_layer(layer) if isinstance(x, keras.layers.Dropout))
+        self._dropout = next(inner) if layer.dropout else None
 
     def __call__(
         self,

@@ -42,8 +42,8 @@ def clipped_gradient_sum(
     """Bounds and sums per-example gradients in one pass.
 
     Falls back to the vectorized path, with one warning for each model, where a
-    layer has no rule, and where weights are read outside of their layer, such as by a
-    `Lambda` that ties them or by the loss.
+    layer or an argument of it has no rule, and where weights are read outside of
+    their layer, such as by a `Lambda` that ties them or by the loss.
 
     Args:
         model: a Functional or Sequential model.
@@ -78,6 +78,8 @@ def clipped_gradient_sum(
     with Recording(model.trainable_variables) as recording:
         outputs = copy(inputs, training=training)
         losses = per_example.to_float32(loss_fn(targets, outputs))
+    if recording.unknown is not None:
+        return fall_back(f"has no rule for {recording.unknown}")
     read = recording.read_outside()
     if read is not None:
         return fall_back(

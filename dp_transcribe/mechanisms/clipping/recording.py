@@ -29,6 +29,10 @@ class Recording:
 
     Args:
         variables: the variables whose gradients are wanted.
+
+    Attributes:
+        unknown: what was met that no rule knows, None if nothing: the taps say nothing
+            of it.
     """
 
     def __init__(self, variables: Iterable[keras.Variable]) -> None:
@@ -38,6 +42,7 @@ class Recording:
         # Never asked for a gradient, so it adds nothing to the graph.
         self._reads = tf.GradientTape()
         self._read: list[tf.Variable] = []
+        self.unknown: str | None = None
         self._taps: list[tuple[list[tf.Tensor], Backward]] = []
 
     def wants(self, variable: keras.Variable | None) -> bool:
@@ -151,21 +156,30 @@ class AttentionRecorder(Recorder):
         query: Any,
         value: Any,
         key: Any = None,
+        query_mask: Any = None,
+        value_mask: Any = None,
+        key_mask: Any = None,
         attention_mask: Any = None,
         return_attention_scores: bool = False,
         training: bool | None = None,
         use_causal_mask: bool = False,
     ) -> Any:
         """Calls the layer."""
-        return self.recorded(
-            query,
-            value,
-            key,
-            attention_mask=attention_mask,
-            return_attention_scores=return_attention_scores,
-            training=training,
-            use_causal_mask=use_causal_mask,
-        )
+        masks = {"query_mask": query_mask, "value_mask": value_mask}
+        masks["key_mask"] = key_mask
+        arguments: dict[str, Any] = {
+            "attention_mask": attention_mask,
+            "return_attention_scores": return_attention_scores,
+            "use_causal_mask": use_causal_mask,
+        }
+        if given := [name for name, mask in masks.items() if mask is not None]:
+            recording = getattr(_active, "recording", None)
+            if recording is not None:
+                recording.unknown = f"`{given[0]}` of layer '{self.layer.name}'"
+            return self.layer(
+                query, value, key, training=training, **masks, **arguments
+            )
+        return self.recorded(query, value, key, training=training, **arguments)
 
 
 def _ids(variable: keras.Variable) -> set[int]:

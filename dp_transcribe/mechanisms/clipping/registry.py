@@ -42,16 +42,19 @@ _CONDITIONS: dict[type, Callable[..., bool]] = {
 
 def rule_of(layer: keras.layers.Layer) -> Rule | None:
     """Returns the rule that computes `layer`, or None."""
+    if not has_rule(layer):
+        return None
     kind = type(layer)
-    if getattr(layer, "lora_enabled", False) or layer.quantization_mode is not None:
-        return None
-    if kind in _CONDITIONS and not _CONDITIONS[kind](layer):
-        return None
     if kind in _RULE_FACTORIES:
         return _RULE_FACTORIES[kind](layer)
-    return _RULES.get(kind)
+    return _RULES[kind]
 
 
 def has_rule(layer: keras.layers.Layer) -> bool:
-    """Whether a rule computes `layer`."""
-    return rule_of(layer) is not None
+    """Whether a rule computes `layer`. Makes none: it is asked at every trace."""
+    kind = type(layer)
+    if getattr(layer, "lora_enabled", False) or layer.quantization_mode is not None:
+        return False
+    if kind in _CONDITIONS and not _CONDITIONS[kind](layer):
+        return False
+    return kind in _RULES or kind in _RULE_FACTORIES

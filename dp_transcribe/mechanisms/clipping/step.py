@@ -79,6 +79,7 @@ def clipped_gradient_sum(
         )
 
     batch = tf.nest.map_structure(tf.convert_to_tensor, (inputs, targets))
+    mask = None if mask is None else tf.cast(mask, tf.float32)
     count = tf.nest.flatten(batch)[0].shape[0]
     if count:
         return _sum(part, (*batch, mask), microbatches)
@@ -99,7 +100,7 @@ def _without_empty(
         rows = tf.cond(count > 0, lambda: tensor, lambda: tf.zeros(shape, tensor.dtype))
         return tf.ensure_shape(rows, [None, *tensor.shape[1:]])
 
-    mask = tf.ones([count]) if mask is None else tf.cast(mask, tf.float32)
+    mask = tf.ones([count]) if mask is None else mask
     return count, *tf.nest.map_structure(one_row, (batch, mask))
 
 

@@ -78,6 +78,30 @@ def test_attention_dropout_is_in_the_one_pass():
     assert distance(sums[0], [g.numpy() for g in sums[1]]) > 1e-3
 
 
+def test_attention_with_dropout_learns_in_graphs_of_several_shapes():
+    inputs = keras.Input((4, 6))
+    attention = L.MultiHeadAttention(2, 3, dropout=0.5, seed=3)
+    model = keras.Model(inputs, attention(inputs, inputs))
+    step = tf.function(lambda x, y: run(model, x, y).gradients)
+    seed = next(v for v in model.variables if "seed" in v.path)
+    before = seed.numpy()
+    for count in (1, 2):
+        assert total_norm(step(*make_data(model, count=count))) > 0.0
+    # The masks are the layer's own draws, so a saved model goes on with others.
+    assert not np.array_equal(seed.numpy(), before)
+
+
+def test_a_mask_may_be_a_list():
+    model = sequence((4,), L.Dense(3))
+    inputs, targets = make_data(model, count=3)
+    whole = run(model, inputs, targets, mask=tf.constant([1.0, 0.0, 1.0]))
+    for mask in ([1, 0, 1], [True, False, True]):
+        for parts in (1, 2):
+            found = run(model, inputs, targets, mask=mask, microbatches=parts)
+            wanted = [g.numpy() for g in whole.gradients]
+            assert distance(found.gradients, wanted) < 1e-6
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["inputs", "targets"])
 @pytest.mark.parametrize("clipping", PATHS)

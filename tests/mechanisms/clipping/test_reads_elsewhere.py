@@ -160,3 +160,20 @@ def test_a_model_that_is_made_anew_is_recorded_anew(change):
     result = clipped_gradient_sum(model, inputs, targets, squared_error, l2_norm=0.3)
     assert distance(result.gradients, expected) < 1e-5
     np.testing.assert_allclose(result.outputs, model(inputs), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["value_mask", "key_mask"])
+def test_masks_given_to_attention_fall_back(name, caplog):
+    inputs = keras.Input((5, 6))
+    mask = keras.ops.sum(inputs, axis=2) > 0.0
+    layer = L.MultiHeadAttention(2, 3)
+    model = keras.Model(inputs, layer(inputs, inputs, **{name: mask}))
+    inputs, targets = make_data(model)
+    expected, norms = one_by_one(model, inputs, targets, l2_norm=0.3)
+    with caplog.at_level(logging.WARNING, "dp_transcribe"):
+        result = clipped_gradient_sum(
+            model, inputs, targets, squared_error, l2_norm=0.3
+        )
+    assert distance(result.gradients, expected) < 1e-5
+    np.testing.assert_allclose(result.norms, norms, rtol=1e-5)
+    assert f"of layer '{layer.name}'" in warnings_of(caplog)[0]
