@@ -190,6 +190,39 @@ def test_a_batch_of_one_and_a_partial_batch():
         assert distance(gradients, expected) < TOLERANCE
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STUDENTS)
+def test_one_row_padding_and_rows_that_are_not_finite(name):
+    model, inputs, targets = make(name)
+    arguments = {"l2_norm": 0.5, "normalize": True}
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec([None, *inputs.shape[1:]], inputs.dtype),
+            tf.TensorSpec([None, *targets.shape[1:]], targets.dtype),
+            tf.TensorSpec([None]),
+        ]
+    )
+    def run(x, y, mask):
+        return bounded_sum(model, mask=mask, **arguments)(x, y).gradients
+
+    def check(rows, x, y, mask):
+        expected, _ = one_by_one(
+            model, tf.gather(inputs, rows), tf.gather(targets, rows), **arguments
+        )
+        found = run(x, y, tf.constant(mask, tf.float32))
+        assert distance(found, expected) < TOLERANCE
+
+    check([2], inputs[2:3], targets[2:3], [1])
+    check([0, 3], inputs, targets, [1, 0, 0, 1, 0])
+    lost = np.where(np.arange(5) == 3, np.nan, 0.0).astype(np.float32)
+    broken = targets + tf.reshape(lost, [5] + [1] * (targets.shape.rank - 1))
+    check([0, 1, 2, 4], inputs, broken, [1, 1, 1, 1, 1])
+    if inputs.dtype.is_floating:
+        broken = inputs + tf.reshape(lost, [5] + [1] * (inputs.shape.rank - 1))
+        check([0, 1, 2, 4], broken, targets, [1, 1, 1, 1, 1])
+
+
 def test_weights_and_frozen_layers_are_read_at_each_call():
     model = sequence((6,), L.Dense(5, activation="tanh"), L.Dense(3))
     inputs, targets = make_data(model)
