@@ -13,7 +13,7 @@ from scipy import stats
 pytestmark = pytest.mark.slow
 
 # Logical devices must be set before TensorFlow starts, hence a process of its own.
-PROGRAM = """
+START = """
 import json, sys
 import numpy as np
 import tensorflow as tf
@@ -72,6 +72,9 @@ def movement(replicas, mechanism, **kwargs):
     return (model.student.get_weights()[0] - before).ravel().tolist()
 
 
+"""
+
+PROGRAM = """
 start = tiny.linear_model(0, 0.1).get_weights()[0]
 two_ = mirrored(2)
 LEARNERS = {
@@ -151,12 +154,39 @@ print(json.dumps(results))
 """
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
+LONG_RUNS = """
+# Long enough for replicas to drift apart, if anything let them.
+for replicas in (1, 2, 4):
+    strategy = mirrored(replicas)
+    with strategy.scope():
+        optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
+    model = build(
+        m.ClippedGradient(noise_multiplier=2.0),
+        strategy,
+        queries=QueryPool(size=64, batch_size=16, updates=50),
+        optimizer=optimizer,
+    )
+    history = model.fit(epochs=1, steps_per_epoch=50, verbose=0).history
+    copies = [
+        [np.asarray(c) for c in strategy.experimental_local_results(v.value)]
+        for v in (*model.student.variables, *model.optimizer.variables)
+    ]
+    results[replicas] = {
+        "copies": len(copies[0]),
+        "equal": all(np.array_equal(c[0], other) for c in copies for other in c),
+        "ledger": model.ledger.to_json(),
+        "epsilon": history["epsilon"][-1],
+    }
+print(json.dumps(results))
+"""
+
+
+def printed_by(program, folder):
+    """What a program prints last, which begins with `START`."""
     root = Path(__file__).resolve().parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path_factory.mktemp("replicas"))],
+        [sys.executable, "-c", START + program, str(folder)],
         env=environment,
         cwd=root,
         capture_output=True,
@@ -164,6 +194,16 @@ def results(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return printed_by(PROGRAM, tmp_path_factory.mktemp("replicas"))
+
+
+@pytest.fixture(scope="module")
+def long_runs(tmp_path_factory):
+    return printed_by(LONG_RUNS, tmp_path_factory.mktemp("long"))
 
 
 @pytest.mark.parametrize("learner", ["pool", "output", "answer", "generator"])
@@ -174,6 +214,17 @@ def test_replicas_hold_one_student_and_one_counter(results, learner):
     assert found["releases"] == 3
     assert 0 < found["epsilon"] < 3
     assert set(found["history"]) >= {"agreement", "student_loss", "epsilon"}
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+def test_after_fifty_steps_replicas_are_equal_and_the_ledger_is_that_of_one(
+    long_runs, replicas
+):
+    found, alone = long_runs[str(replicas)], long_runs["1"]
+    assert found["copies"] == replicas
+    assert found["equal"]
+    assert found["ledger"] == alone["ledger"]
+    assert found["epsilon"] == alone["epsilon"] > 0.0
 
 
 def test_replicas_hold_one_generator(results):
