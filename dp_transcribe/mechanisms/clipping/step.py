@@ -116,34 +116,51 @@ def _sum(
 def _accumulate(
     part: Callable[..., ClippedSum], batch: tuple[Any, Any, Any], microbatches: int
 ) -> ClippedSum:
-    """Sums `part` over consecutive slices of the batch, one at a time."""
-    count = tf.shape(tf.nest.flatten(batch)[0])[0]
+    """Sums `part` over equal parts of the batch, one at a time.
+
+    What is missing from the last part are masked rows, and every size is known where
+    the batch's is: XLA compiles it.
+    """
+    inputs, targets, mask = batch
+    count = tf.shape(tf.nest.flatten(inputs)[0])[0]
     size = (count + microbatches - 1) // microbatches
+    mask = tf.ones([count]) if mask is None else mask
 
-    def slice_at(start: tf.Tensor) -> ClippedSum:
-        rows = tf.nest.map_structure(
-            lambda t: t if t is None else t[start : start + size], batch
-        )
-        return part(*rows)
+    def in_parts(tensor: tf.Tensor) -> tf.Tensor:
+        missing = microbatches * size - count
+        tensor = tf.pad(tensor, [[0, missing]] + [[0, 0]] * (tensor.shape.rank - 1))
+        return tf.reshape(tensor, [microbatches, size, *tensor.shape[1:]])
 
-    def body(start: tf.Tensor, total: ClippedSum) -> tuple[tf.Tensor, ClippedSum]:
-        new = slice_at(start)
-        gradients = [a + b for a, b in zip(total.gradients, new.gradients, strict=True)]
-        rows = tf.nest.map_structure(
-            lambda a, b: tf.concat([a, b], 0), tuple(total[1:]), tuple(new[1:])
-        )
-        # Or the next slice would begin while this one is still held.
-        return after(gradients, start + size), ClippedSum(gradients, *rows)
+    parts = tf.nest.map_structure(in_parts, (inputs, targets, mask))
 
-    first = slice_at(tf.constant(0))
-    invariants = tf.nest.map_structure(
-        lambda t: tf.TensorShape([None]).concatenate(t.shape[1:]), tuple(first[1:])
-    )
-    shapes = ClippedSum([g.shape for g in first.gradients], *invariants)
-    return tf.while_loop(
-        lambda start, _: start < count,
+    def part_at(number: tf.Tensor) -> ClippedSum:
+        return part(*tf.nest.map_structure(lambda t: tf.gather(t, number), parts))
+
+    def body(
+        number: tf.Tensor, gradients: list[tf.Tensor], arrays: list[tf.TensorArray]
+    ) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.TensorArray]]:
+        new = part_at(number)
+        gradients = [a + b for a, b in zip(gradients, new.gradients, strict=True)]
+        rows = tf.nest.flatten(tuple(new[1:]))
+        arrays = [a.write(number, r) for a, r in zip(arrays, rows, strict=True)]
+        # Or the next part would begin while this one is still held.
+        return after(gradients, number + 1), gradients, arrays
+
+    first = part_at(tf.constant(0))
+    arrays = [
+        tf.TensorArray(r.dtype, microbatches, element_shape=r.shape).write(0, r)
+        for r in tf.nest.flatten(tuple(first[1:]))
+    ]
+    _, gradients, arrays = tf.while_loop(
+        lambda number, *_: number < microbatches,
         body,
-        (after(first.gradients, size), first),
-        shape_invariants=(tf.TensorShape([]), shapes),
+        (after(first.gradients, tf.constant(1)), first.gradients, arrays),
         parallel_iterations=1,
-    )[1]
+    )
+    rows = [_joined(array.stack(), count) for array in arrays]
+    return ClippedSum(gradients, *tf.nest.pack_sequence_as(tuple(first[1:]), rows))
+
+
+def _joined(parts: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
+    """Rows `[parts, size, ...]` as `[count, ...]`, without those that were added."""
+    return tf.reshape(parts, [-1, *parts.shape[2:]])[:count]

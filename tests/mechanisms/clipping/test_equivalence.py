@@ -143,6 +143,18 @@ def test_microbatches_change_nothing(clipping, microbatches):
         )
 
 
+@pytest.mark.parametrize("microbatches", [2, 7])
+def test_microbatches_under_xla(microbatches):
+    model = sequence((6,), L.Dense(5, activation="tanh"), L.Dense(3))
+    inputs, targets = make_data(model, count=5)
+    expected, norms = one_by_one(model, inputs, targets, l2_norm=0.1)
+    run = bounded_sum(model, l2_norm=0.1, microbatches=microbatches)
+    result = tf.function(run, jit_compile=True)(inputs, targets)
+    assert distance(result.gradients, expected) < TOLERANCE
+    np.testing.assert_allclose(result.norms, norms, rtol=TOLERANCE)
+    np.testing.assert_allclose(result.outputs, model(inputs), rtol=1e-4, atol=1e-5)
+
+
 def test_a_microbatch_begins_when_the_one_before_it_is_done():
     # Otherwise the activations of both are held at once, and nothing is saved.
     model = sequence((8, 8, 2), L.Conv2D(4, 3), L.Flatten(), L.Dense(3))
