@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from dp_transcribe._validate import instance_of, invalid, one_of, positive_int
+from dp_transcribe.mechanisms.clipping.validate import every_layer
 
 # Fewer numbers may be equal by chance, or by the same initial values.
 _FEWEST = 16
@@ -340,8 +341,7 @@ def check_not_adapted(name: str, model: keras.Model) -> None:
     Raises:
         ValueError: a layer of it has no constants, so that `adapt` fits it to data.
     """
-    layers = model._flatten_layers(include_self=True, recursive=True)
-    adapted = [layer.name for layer in layers if _is_adapted(layer)]
+    adapted = [layer.name for layer in every_layer(model) if _is_adapted(layer)]
     if adapted:
         mend = "State public constants instead, as `Normalization(mean=, variance=)`."
         expected = (
@@ -363,7 +363,7 @@ def _is_adapted(layer: keras.layers.Layer) -> bool:
 
 def _check_dtypes(student: keras.Model) -> None:
     """Refuses float16: its gradients under- and overflow before they are clipped."""
-    for layer in student._flatten_layers(include_self=True, recursive=True):
+    for layer in every_layer(student):
         policy = layer.dtype_policy
         if "float16" in (policy.compute_dtype, policy.variable_dtype):
             mend = "Use 'float32' or 'mixed_bfloat16'."

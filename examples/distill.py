@@ -174,9 +174,10 @@ def make_kernel(dataset: ImageDataset) -> Kernel:
 def asked_for(plan: Any) -> Any:
     """A route's own plan with the values that the flags give."""
     given = {
-        name: getattr(FLAGS, flag) for name, flag in OF_PLANS.items()
+        name: getattr(FLAGS, flag)
+        for name, flag in OF_PLANS.items()
         if hasattr(plan, name)
-    }  # fmt: skip
+    }
     return dataclasses.replace(
         plan, **{name: value for name, value in given.items() if value is not None}
     )

@@ -25,41 +25,36 @@ def mixed_precision():
     options({"auto_mixed_precision": False})
 
 
-def fit_transcriber():
-    model = tiny.transcriber()
-    try:
-        tiny.fit(model)
-    finally:
-        fit_transcriber.releases = tiny.releases(model)
+def linear_model():
+    return PrivateLinearModel(2)
 
 
-def fit_linear_model():
-    model = PrivateLinearModel(2)
-    try:
-        features = np.eye(4, 3, dtype=np.float32)
-        labels = np.array([0, 1, 0, 1])
-        model.fit(features, labels, target_epsilon=1.0, delta=1e-5)
-    finally:
-        fit_linear_model.releases = tiny.releases(model)
+def fit_linear_model(model):
+    features, labels = np.eye(4, 3, dtype=np.float32), np.array([0, 1, 0, 1])
+    model.fit(features, labels, target_epsilon=1.0, delta=1e-5, verbose=0)
 
 
-FITS = [fit_transcriber, fit_linear_model]
+FITS = [
+    pytest.param(tiny.transcriber, tiny.fit, id="transcriber"),
+    pytest.param(linear_model, fit_linear_model, id="linear model"),
+]
 
 
-@pytest.mark.parametrize("fit", FITS)
-def test_tensor_float_32_is_off_before_anything_is_bounded(fit, tensor_float_32):
-    fit()
+@pytest.mark.parametrize(("make", "fit"), FITS)
+def test_tensor_float_32_is_off_before_anything_is_bounded(make, fit, tensor_float_32):
+    fit(make())
     assert not tensor_float_32()
 
 
-@pytest.mark.parametrize("fit", FITS)
-def test_automatic_mixed_precision_is_refused(fit, mixed_precision):
+@pytest.mark.parametrize(("make", "fit"), FITS)
+def test_automatic_mixed_precision_is_refused(make, fit, mixed_precision):
+    model = make()
     with pytest.raises(ValueError, match="auto_mixed_precision"):
-        fit()
-    assert fit.releases == 0
+        fit(model)
+    assert tiny.releases(model) == 0
 
 
-@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize(("make", "fit"), FITS)
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -68,11 +63,14 @@ def test_automatic_mixed_precision_is_refused(fit, mixed_precision):
         ("ONEDNN_DEFAULT_FPMATH_MODE", "any"),
     ],
 )
-def test_a_variable_that_lowers_precision_is_refused(fit, name, value, monkeypatch):
+def test_a_variable_that_lowers_precision_is_refused(
+    make, fit, name, value, monkeypatch
+):
+    model = make()
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=f"{name}.*Unset"):
-        fit()
-    assert fit.releases == 0
+        fit(model)
+    assert tiny.releases(model) == 0
 
 
 @pytest.mark.parametrize(
@@ -84,5 +82,6 @@ def test_a_variable_that_lowers_precision_is_refused(fit, name, value, monkeypat
 )
 def test_variables_that_ask_for_full_precision_are_fine(name, value, monkeypatch):
     monkeypatch.setenv(name, value)
-    fit_linear_model()
-    assert fit_linear_model.releases
+    model = linear_model()
+    fit_linear_model(model)
+    assert tiny.releases(model)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import math
 import secrets
 
@@ -45,7 +44,6 @@ from dp_transcribe.privacy.ledger import Ledger
 from dp_transcribe.privacy.statement import PrivacyStatement
 from dp_transcribe.privacy.units import Unit
 
-_LOGGER = logging.getLogger(__name__)
 # Records whose gradients are held at once.
 _CHUNK = 64
 _LARGEST_FEATURE = 1e6
@@ -217,9 +215,9 @@ class DPKIP(keras.Model):
             raise _validate.invalid("x", np.shape(x), expected)
         if embedded is None:
             embedded = embed_in_batches(self.kernel, x, verbose=verbose)
-        width = int(self.kernel.embed(self.support.value[:1]).shape[1])
-        if np.shape(embedded) != (len(x), width):
-            expected = f"None or the kernel's embeddings, of shape {(len(x), width)}"
+        if np.shape(embedded) != (len(x), self._width):
+            shape = len(x), self._width
+            expected = f"None or the kernel's embeddings, of shape {shape}"
             raise _validate.invalid("embedded", np.shape(embedded), expected)
         self._refuse_records(x, embedded)
         multiplier = noise_multiplier_for(
@@ -445,6 +443,11 @@ class DPKIP(keras.Model):
             product = tf.reduce_sum(self.kernel.embed(support) * noisy)
         return tape.gradient(product, support)
 
+    @property
+    def _width(self) -> int:
+        """Length of an embedding."""
+        return int(self.kernel.embed(self.support.value[:1]).shape[1])
+
     def _check_memory(self) -> None:
         """Refuses a support whose gradients would not fit, naming the size that fits.
 
@@ -452,7 +455,7 @@ class DPKIP(keras.Model):
             ValueError: it would take more than 4 GiB.
         """
         count, pixels = self.support.shape[0], math.prod(self.support.shape[1:])
-        width = int(self.kernel.embed(self.support.value[:1]).shape[1])
+        width = self._width
         per_image = _CHUNK * (width + pixels)
         if self.training_plan.bounded == "features":
             per_image = KEPT_PER_PIXEL * pixels + width

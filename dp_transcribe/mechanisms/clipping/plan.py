@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from dp_transcribe.mechanisms.clipping.recording import AttentionRecorder, Recorder
 from dp_transcribe.mechanisms.clipping.registry import has_rule, rule_of
-from dp_transcribe.mechanisms.clipping.structure import Structure
+from dp_transcribe.mechanisms.clipping.structure import Structure, inputs_of, outputs_of
 
 _copies: weakref.WeakKeyDictionary[keras.Model, tuple[Structure, keras.Model]] = (
     weakref.WeakKeyDictionary()
@@ -38,11 +38,7 @@ def recording_copy(model: keras.Model) -> keras.Model:
     if structure is None or not structure.is_of(model):
         with tf.init_scope():
             # Structures are the model's own: what is given goes by them, as in Keras.
-            whole = isinstance(model, keras.Sequential)
-            view = keras.Model(
-                model.inputs[0] if whole else model.input,
-                model.outputs[0] if whole else model.output,
-            )
+            view = keras.Model(inputs_of(model), outputs_of(model))
             copy = keras.models.clone_model(view, clone_function=wrap, recursive=True)
         _copies[model] = Structure(model), copy
     return copy

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dp_transcribe.mechanisms.clipping.structure import Structure
+from dp_transcribe.mechanisms.clipping.structure import Structure, inputs_of
 
 _LOGGER = logging.getLogger(__name__)
 _ROWS = 4
@@ -162,8 +162,7 @@ class _Trial:
         self._random = np.random.default_rng(0)
         if not getattr(model, "inputs", None):
             raise TypeError(f"'{model.name}' does not state its inputs.")
-        is_sequential = isinstance(model, keras.Sequential)
-        inputs = model.inputs[0] if is_sequential else model.input
+        inputs = inputs_of(model)
         batches = {leaf.shape[0] for leaf in keras.tree.flatten(inputs)}
         self.is_fixed = batches != {None}
         self._count = max(batches) if self.is_fixed else _ROWS

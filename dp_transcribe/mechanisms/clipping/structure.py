@@ -29,6 +29,16 @@ class Structure:
         )
 
 
+def inputs_of(model: keras.Model) -> Any:
+    """A graph's inputs in its own structure; Keras puts a Sequential's into a list."""
+    return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+
+
+def outputs_of(model: keras.Model) -> Any:
+    """A graph's outputs in its own structure, as `inputs_of`."""
+    return model.outputs[0] if isinstance(model, keras.Sequential) else model.output
+
+
 def _parts(model: keras.Model) -> Iterator[Any]:
     """Yields all layers inside, and the outputs of all graphs, which are made anew."""
     yield from getattr(model, "outputs", None) or ()
