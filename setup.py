@@ -40,6 +40,7 @@ EXTRAS = {
     # The converters and runtimes that load an exported student in the tests.
     "test": [
         "pytest>=8,<10",
+        "pytest-xdist>=3.6,<4",
         "mlxtend==0.23.4",
         "tf2onnx==1.17.0",
         "onnxruntime>=1.22,<2",
