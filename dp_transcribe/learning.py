@@ -6,6 +6,8 @@ Both learners run inside `DPTranscriber.train_step`, once per replica.
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import keras
@@ -47,6 +49,8 @@ PREDICTION_RATE, LOOKED_AT = 0.05, 256
 ANSWER_RATE = 0.01
 # Queries that pass the frozen part of the student together after loading.
 RENEWED_AT_ONCE = 2000
+# Of one piece of a replay that is saved, at most.
+PIECE_BYTES = 2**26
 
 if TYPE_CHECKING:
     from dp_transcribe.transcriber import DPTranscriber
@@ -278,46 +282,74 @@ class AnswerLearner(Learner):
         """The transcriber's mechanism."""
         return cast(AnswerMechanism, self.owner.mechanism)
 
-    def get_replay(self) -> list[Any]:
-        """The replay of all replicas as arrays, for a checkpoint.
+    def replay_pieces(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The replay of all replicas in pieces of bounded size, in the order of rows.
 
-        With several workers all of them call it at once.
+        A whole copy may be a gigabyte, and whoever saves one holds it several times.
+        With several workers all of them take every piece at once.
 
-        Returns:
-            Codes and released answers, `[replicas, filled, ...]`, and the number of
-            queries written, `[replicas]`.
+        Yields:
+            Codes and released answers, `[replicas, rows, ...]`; at least one piece,
+            which has no rows where nothing was answered.
         """
         strategy = self.owner.distribute_strategy
-        *rows, written = self._replay_parts()
+        *kept, written = self._replay_parts()
         filled = self.replay.filled(int(written[0].numpy()))
-        return [
-            *(
-                gather_parts(strategy, [part[:filled].numpy() for part in parts])
-                for parts in rows
-            ),
-            gather_parts(strategy, [part.numpy() for part in written]),
-        ]
+        row_bytes = sum(math.prod(v.shape[1:]) * v.dtype.size for v, *_ in kept)
+        rows = max(1, PIECE_BYTES // (self.replicas * row_bytes))
+        for start in range(0, max(1, filled), rows):
+            piece = slice(start, min(start + rows, filled))
+            codes, released = (
+                gather_parts(strategy, [part[piece].numpy() for part in parts])
+                for parts in kept
+            )
+            yield codes, released
 
-    def set_replay(self, values: list[Any]) -> None:
-        """Puts back what `get_replay` gave.
+    def get_replay(self) -> tuple[np.ndarray, np.ndarray]:
+        """All of `replay_pieces` in one: `[replicas, filled, ...]` each."""
+        codes, released = zip(*self.replay_pieces(), strict=True)
+        return np.concatenate(codes, 1), np.concatenate(released, 1)
+
+    def replay_written(self) -> np.ndarray:
+        """How many queries each replica has written, `[replicas]`.
+
+        With several workers all of them call it at once.
+        """
+        *_, written = self._replay_parts()
+        parts = [part.numpy() for part in written]
+        return gather_parts(self.owner.distribute_strategy, parts)
+
+    def set_replay(
+        self,
+        written: np.ndarray,
+        pieces: Iterable[tuple[np.ndarray, np.ndarray]],
+    ) -> None:
+        """Puts back what `replay_written` and `replay_pieces` gave.
 
         Raises:
             ValueError: the replay was saved for other sizes or numbers of replicas.
         """
         own = own_replicas(self.owner.distribute_strategy)
-        *rows, written = self._replay_parts()
-        filled = self.replay.filled(int(np.max(values[-1])))
-        for parts, value in zip(rows, values[:-1], strict=True):
-            wanted = (self.replicas, filled, *parts[0].shape[1:])
-            if value.shape != wanted:
-                raise ValueError(
-                    f"The checkpoint's replay has shape {value.shape}, expected "
-                    f"{wanted}. Load it with the same `replay_size` and replicas."
-                )
-            for part, replica in zip(parts, own, strict=True):
-                part[:filled].assign(value[replica])
-        for part, replica in zip(written, own, strict=True):
-            part.assign(values[-1][replica])
+        *kept, counts = self._replay_parts()
+        filled = self.replay.filled(int(np.max(written)))
+        restored = 0
+        for piece in pieces:
+            replicas, count = piece[0].shape[:2]
+            rows = slice(restored, restored + count)
+            restored += count
+            if replicas != self.replicas or restored > filled:
+                break
+            for parts, values in zip(kept, piece, strict=True):
+                for part, replica in zip(parts, own, strict=True):
+                    part[rows].assign(values[replica])
+        if len(written) != self.replicas or restored != filled:
+            raise ValueError(
+                f"The checkpoint's replay has not the {filled} rows on each of "
+                f"{self.replicas} replicas that are expected. Load it with the same "
+                "`replay_size` and number of replicas."
+            )
+        for part, replica in zip(counts, own, strict=True):
+            part.assign(written[replica])
         self._features_missing = filled
 
     def prepare(self) -> None:

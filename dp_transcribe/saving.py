@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -65,9 +66,9 @@ def as_text(values: Any) -> str:
     return np.asarray(values, np.uint8).tobytes().decode()
 
 
-def numbered(store: Any, prefix: str) -> list[np.ndarray]:
-    """The arrays stored as `prefix_0`, `prefix_1` and so on."""
-    found: list[np.ndarray] = []
-    while f"{prefix}_{len(found)}" in store.keys():
-        found.append(np.asarray(store[f"{prefix}_{len(found)}"]))
-    return found
+def numbered(store: Any, prefix: str) -> Iterator[np.ndarray]:
+    """The arrays stored as `prefix_0`, `prefix_1` and so on, read one by one."""
+    index = 0
+    while f"{prefix}_{index}" in store.keys():
+        yield np.asarray(store[f"{prefix}_{index}"])
+        index += 1

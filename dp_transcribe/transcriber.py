@@ -323,10 +323,10 @@ class DPTranscriber(keras.Model):
         learnt = {id(v) for v in learner.learns.trainable_variables}
         if learnt == {id(v) for v in self.student.trainable_variables}:
             return
-        kept = learner.get_replay() if isinstance(learner, AnswerLearner) else None
         self._forget_run()
-        if kept is not None:
-            cast(AnswerLearner, self._make_learner()).set_replay(kept)
+        if isinstance(learner, AnswerLearner):
+            kept = learner.replay_written(), learner.replay_pieces()
+            cast(AnswerLearner, self._make_learner()).set_replay(*kept)
 
     def get_compile_config(self) -> dict[str, Any]:
         """Returns the arguments of `compile`, serialised."""
@@ -430,7 +430,7 @@ class DPTranscriber(keras.Model):
         if not isinstance(learner, AnswerLearner):
             expected = "a mechanism that releases answers"
             raise _validate.invalid("mechanism", self.mechanism, expected)
-        codes, rows, _ = learner.get_replay()
+        codes, rows = learner.get_replay()
         released = Released(rows[:, :, 0], rows[:, :, 1])
         answered = released.answered.numpy()
         return codes[answered], released.answers[answered]
@@ -724,8 +724,9 @@ class DPTranscriber(keras.Model):
         for index, weight in enumerate(self.teacher.get_weights()):
             store[f"teacher_{index}"] = weight
         if isinstance(self._learner, AnswerLearner):
-            for index, value in enumerate(self._learner.get_replay()):
-                store[f"replay_{index}"] = value
+            store["written"] = self._learner.replay_written()
+            for index, (codes, released) in enumerate(self._learner.replay_pieces()):
+                store[f"codes_{index}"], store[f"released_{index}"] = codes, released
 
     def load_own_variables(self, store: Any) -> None:
         """Reads what `save_own_variables` wrote."""
@@ -741,12 +742,15 @@ class DPTranscriber(keras.Model):
         self.noise.seed = state["seed"]
         self._was_loaded = True
         self._forget_run()
-        weights = numbered(store, "teacher")
+        weights = list(numbered(store, "teacher"))
         if weights:
             self.teacher.set_weights(weights)
-        replay = numbered(store, "replay")
-        if replay:
-            cast(AnswerLearner, self._make_learner()).set_replay(replay)
+        if "written" in store.keys():
+            pieces = zip(
+                numbered(store, "codes"), numbered(store, "released"), strict=True
+            )
+            learner = cast(AnswerLearner, self._make_learner())
+            learner.set_replay(np.asarray(store["written"]), pieces)
 
     def _forget_run(self) -> None:
         """Drops pool, budget and traced step: they belong to what was before."""

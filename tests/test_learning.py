@@ -308,7 +308,7 @@ def test_a_frozen_front_is_computed_once_and_changes_nothing():
 
     split, whole = run(), run(second_student=tiny.linear_model(3))
     assert split._learner.front is not None and whole._learner.front is None
-    codes, _, _ = split._learner.get_replay()
+    codes, _ = split._learner.get_replay()
     images = dequantize(tf.constant(codes[0]), (0.0, 1.0))
     kept = split._learner.replay.features.numpy()[:48]
     np.testing.assert_allclose(kept, split._learner.front(images), atol=2e-3)
@@ -351,8 +351,8 @@ def test_gradients_behind_a_frozen_front_are_those_of_the_whole_student(
 def test_the_replay_holds_released_answers_and_no_raw_ones():
     model = tiny.transcriber(RandomizedResponse(epsilon=0.5))
     model.fit(epochs=1, steps_per_epoch=4, verbose=0)
-    codes, released, written = model._learner.get_replay()
-    assert written[0] == 64
+    codes, released = model._learner.get_replay()
+    assert model._learner.replay_written()[0] == 64
     labels = released[0, :, 0]
     assert np.all((labels == 0) | (labels == 1)) and np.all(labels.sum(-1) == 1)
     images = dequantize(tf.constant(codes[0]), (0.0, 1.0))
@@ -369,7 +369,7 @@ def test_the_prior_is_the_student_and_not_the_teacher():
         optimizer=keras.optimizers.SGD(0.0),
     )
     model.fit(epochs=1, steps_per_epoch=2, verbose=0)
-    codes, released, _ = model._learner.get_replay()
+    codes, released = model._learner.get_replay()
     logits = model.student(dequantize(tf.constant(codes[0, :32]), (0.0, 1.0)))
     assert np.array_equal(released[0, :32, 1].argmax(-1), np.argmax(logits, -1))
 
@@ -389,7 +389,7 @@ def test_the_student_rests_while_so_many_queries_are_answered():
     moved = [not np.array_equal(a, b) for a, b in itertools.pairwise(weights)]
     assert moved == [False, True, True, False, True]
     assert sum(entry.count for entry in model.ledger.entries) == 5
-    assert model._learner.get_replay()[-1] == 80
+    assert model._learner.replay_written()[0] == 80
     assert np.isfinite(history.history["student_loss"][0])
 
 
@@ -413,7 +413,9 @@ def test_the_replay_of_another_size_is_refused():
     tiny.fit(small, 5)  # 80 queries: the oldest of 64 are overwritten
     large._prepare()
     with pytest.raises(ValueError, match="replay_size"):
-        large._learner.set_replay(small._learner.get_replay())
+        large._learner.set_replay(
+            small._learner.replay_written(), small._learner.replay_pieces()
+        )
 
 
 def test_a_mechanism_nobody_can_learn_from_is_refused():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import dp_transcribe as dpt
+from dp_transcribe import learning
 from dp_transcribe.generators import MLPGenerator
 from dp_transcribe.mechanisms import (
     ClippedGradient,
@@ -73,6 +74,22 @@ def test_resuming_equals_the_uninterrupted_run(mechanism, queries, done, tmp_pat
         replays = [m._learner.get_replay() for m in (resumed, whole)]
         for a, b in zip(*replays, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("answers", [1, 2])
+def test_a_replay_is_saved_in_pieces_and_is_whole_again(answers, monkeypatch, tmp_path):
+    monkeypatch.setattr(learning, "PIECE_BYTES", 1000)
+    model = adam_model(RandomizedResponse(epsilon=1.0))
+    fit(model, answers)
+    pieces = list(model._learner.replay_pieces())
+    assert len(pieces) > answers
+    assert all(codes.nbytes + rows.nbytes <= 1000 for codes, rows in pieces)
+    model.save_checkpoint(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for kept, saved in zip(
+        loaded._learner.get_replay(), model._learner.get_replay(), strict=True
+    ):
+        assert saved.shape[1] == 16 * answers and np.array_equal(kept, saved)
 
 
 @pytest.mark.parametrize("done", [1, 2, 3])
