@@ -1,5 +1,6 @@
 """On 1, 2 and 4 replicas: one sum, one draw of noise, different queries."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -26,6 +27,7 @@ tf.config.set_logical_device_configuration(
 import keras
 from dp_transcribe import mechanisms as m
 from dp_transcribe.generators import MLPGenerator
+from dp_transcribe.mechanisms.noise import NoiseSource
 from dp_transcribe.queries import FreshQueries, QueryPool
 from tests import tiny
 
@@ -110,19 +112,56 @@ for name, (mechanism, queries) in LEARNERS.items():
         rows = [tuple(r.ravel()) for c in codes for r in c if r.any()]
         results[name]["rows"], results[name]["distinct"] = len(rows), len(set(rows))
 
-with two_.scope():
-    generator = MLPGenerator(tiny.IMAGE, latent_dim=4, units=(8,))
-model = build(
-    m.NormalizedGradient(noise_multiplier=2.0),
-    two_,
-    generator=generator,
-    generator_batch_size=8,
-)
-history = model.fit(epochs=1, steps_per_epoch=3, verbose=0).history
+
+noted = {}
+
+
+class NotedLatents(MLPGenerator):
+    # Keeps what every replica draws, for its queries and for its own update.
+
+    def draw_inputs(self, n, seed):
+        latents, labels = super().draw_inputs(n, seed)
+        context = tf.distribute.get_replica_context()
+        if context is None or context.num_replicas_in_sync == 1:  # a trial
+            return latents, labels
+
+        def keep(replica, values):
+            noted.setdefault(int(replica), []).append(values.tolist())
+            return values
+
+        kept = tf.numpy_function(
+            keep, [context.replica_id_in_sync_group, latents], tf.float32
+        )
+        return tf.ensure_shape(kept, latents.shape), labels
+
+
+def run_with_noted_latents(name, strategy, seed=1):
+    noted.clear()
+    with strategy.scope():
+        generator = NotedLatents(tiny.IMAGE, latent_dim=64, units=(8,))
+    model = build(
+        m.NormalizedGradient(noise_multiplier=2.0),
+        strategy,
+        generator=generator,
+        generator_batch_size=8,
+        seed=seed,
+    )
+    history = model.fit(epochs=1, steps_per_epoch=3, verbose=0).history
+    results[f"latents {name}"] = [noted[r] for r in sorted(noted)]
+    return model, history
+
+
+model, history = run_with_noted_latents("2", two_)
 results["generator"] = summary(model, history)
 results["generator"]["generators_equal"] = all(
     np.array_equal(*parts(v.value)) for v in model.generator.variables
 )
+
+run_with_noted_latents("4", mirrored(4))
+stream = NoiseSource.stream
+NoiseSource.stream = lambda self, number, purpose, part=0: stream(self, number, purpose)
+run_with_noted_latents("2 sharing a stream", two_, seed=2)
+NoiseSource.stream = stream
 
 # The noise alone: no answer contributes.
 for name, kind in [
@@ -234,6 +273,54 @@ def test_replicas_hold_one_generator(results):
 @pytest.mark.parametrize(("learner", "rows"), [("pool", 64), ("answer", 48)])
 def test_replicas_ask_different_queries(results, learner, rows):
     assert results[learner]["rows"] == results[learner]["distinct"] == rows
+
+
+def independent(latents):
+    """Whether latents `[replicas][draws][rows][64]` look like streams of their own.
+
+    Fails with two streams that are the same or shifted by rows, or correlated by more
+    than 4.5 deviations; what replicas draw adds up like independent Gaussians.
+    """
+    draws = [np.array(draw) for draw in itertools.chain(*latents)]
+    rows = np.concatenate(draws)
+    distinct = len(np.unique(rows, axis=0)) == len(rows)
+    size = min(draw.size for draw in draws)
+    flat = np.array([draw.ravel()[:size] for draw in draws])
+    correlations = np.corrcoef(flat) - np.eye(len(flat))
+    by_replica = [np.concatenate(draws, axis=None) for draws in latents]
+    total = np.sum(by_replica, axis=0) / len(latents) ** 0.5
+    gaussian = stats.kstest(total, "norm").pvalue > 1e-3
+    return distinct and np.abs(correlations).max() < 4.5 / size**0.5 and gaussian
+
+
+@pytest.mark.parametrize("run", ["2", "4"])
+def test_replicas_draw_independent_latents_in_every_step(results, run):
+    """In each of three steps, for the generator's own update and for the queries."""
+    latents = results[f"latents {run}"]
+    assert len(latents) == int(run)
+    assert [[len(rows) for rows in draws] for draws in latents] == [
+        [8 // int(run), 16 // int(run)] * 3
+    ] * int(run)
+    assert independent(latents)
+
+
+def test_latents_follow_from_seed_and_replica(results):
+    """Of four replicas each draws half the rows, and the first two draw the same."""
+    for two, four in zip(results["latents 2"], results["latents 4"], strict=False):
+        assert [draw[: len(draw) // 2] for draw in two] == four
+    another_seed = results["latents 2 sharing a stream"][0]
+    assert independent([*results["latents 2"], another_seed])
+
+
+def test_a_stream_that_replicas_share_is_noticed(results):
+    first, second = results["latents 2 sharing a stream"]
+    assert first == second
+    assert independent([first])
+    assert not independent([first, second])
+    a_row_later = [draw[1:] + draw[:1] for draw in first]
+    assert not independent([first, a_row_later])
+    halved = [(0.5 * np.array(draw)).tolist() for draw in first]
+    assert not independent([first, halved])
 
 
 def test_every_replica_keeps_a_replay_and_all_are_saved(results):
