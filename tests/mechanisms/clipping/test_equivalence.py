@@ -1,5 +1,6 @@
 """Every path gives the sum that the definition gives, for every layer."""
 
+import itertools
 import time
 
 import keras
@@ -15,6 +16,7 @@ from tests.mechanisms.clipping.reference import (
     make_data,
     one_by_one,
     squared_error,
+    total_norm,
 )
 from tests.mechanisms.clipping.students import (
     STUDENTS,
@@ -69,7 +71,6 @@ def test_only_gradients_above_the_clip_norm_are_scaled(clipping):
     assert distance(result.gradients, expected) < TOLERANCE
 
 
-# Not grouped convolutions: their gradient is wrong under TensorFlow's pfor.
 @pytest.mark.parametrize(
     "name", ["folded", "dense", "embedding", "attention", "residual"]
 )
@@ -84,9 +85,18 @@ def test_reference_paths_agree(name, clipping):
     np.testing.assert_allclose(result.norms, norms, rtol=TOLERANCE)
 
 
+# TF-Privacy sums gradients of grouped convolutions wrongly; its path refuses them.
+GROUPED = ["groups", "one dimension"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted({*STUDENTS} - {"groups", "one dimension"}))
-@pytest.mark.parametrize("clipping", ["vectorized", "tf_privacy"])
+@pytest.mark.parametrize(
+    ("clipping", "name"),
+    [
+        *itertools.product(["vectorized"], STUDENTS),
+        *itertools.product(["tf_privacy"], sorted({*STUDENTS} - {*GROUPED})),
+    ],
+)
 def test_reference_paths_agree_on_every_layer(name, clipping):
     test_reference_paths_agree(name, clipping)
 
@@ -258,30 +268,36 @@ def test_recording_leaves_the_student_as_it_was():
     assert model.get_config() == config
 
 
-@pytest.mark.parametrize(
-    "name", ["folded", "dense", "residual", "attention", "embedding"]
-)
+BFLOAT16 = ["folded", "dense", "residual", "attention", "embedding"]
+
+
+@pytest.mark.parametrize("name", BFLOAT16)
 def test_bfloat16_sums_in_float32(name):
-    """bfloat16 has 8 bits: gradients agree to 3e-2, the bound holds to float32."""
-    keras.utils.set_random_seed(1)
+    """bfloat16 has 8 bits: sums agree to 1e-2 of their length, norms to 3e-2.
+
+    The bound holds to float32, since norm and sum are made of the same numbers.
+    """
     policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
-        model = STUDENTS[name]()
+        model, inputs, targets = make(name)
     finally:
         keras.config.set_dtype_policy(policy)
-    inputs, targets = make_data(model)
-    expected, norms = one_by_one(model, inputs, targets, l2_norm=1.0, normalize=True)
+    arguments = {"l2_norm": 1.0, "normalize": True}
+    expected, norms = one_by_one(model, inputs, targets, **arguments)
     for clipping in ("ghost", "vectorized"):
-        result = clipped_gradient_sum(
-            model,
-            inputs,
-            targets,
-            squared_error,
-            l2_norm=1.0,
-            normalize=True,
-            clipping=clipping,
-        )
-        assert {g.dtype for g in result.gradients} == {tf.float32}
-        assert distance(result.gradients, expected) < 3e-2
+        run = bounded_sum(model, clipping=clipping, **arguments)
+        result = run(inputs, targets)
+        assert {t.dtype for t in (*result.gradients, *result[1:3])} == {tf.float32}
+        pairs = zip(result.gradients, expected, strict=True)
+        apart = total_norm([np.asarray(g) - e for g, e in pairs])
+        assert apart < 1e-2 * total_norm(expected)
         np.testing.assert_allclose(result.norms, norms, rtol=3e-2)
+    alone = bounded_sum(model, mask=[1, 0, 0, 0, 0], **arguments)(inputs, targets)
+    assert total_norm(alone.gradients) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({*STUDENTS} - {*BFLOAT16}))
+def test_bfloat16_sums_in_float32_on_every_layer(name):
+    test_bfloat16_sums_in_float32(name)
