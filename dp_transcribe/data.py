@@ -62,6 +62,14 @@ class ImageDataset:
         """Shape of one image."""
         return self.train_images.shape[1:]
 
+    def without_training(self) -> ImageDataset:
+        """The same with no training images: what is measured on needs none."""
+        return dataclasses.replace(
+            self,
+            train_images=self.train_images[:0].copy(),
+            train_labels=self.train_labels[:0].copy(),
+        )
+
     def in_range(self, bounds: Sequence[float]) -> ImageDataset:
         """The same images with pixels from `low` to `high` in place of 0 to 1."""
         low, high = bounds

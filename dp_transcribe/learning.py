@@ -286,6 +286,8 @@ class AnswerLearner(Learner):
         """The replay of all replicas in pieces of bounded size, in the order of rows.
 
         A whole copy may be a gigabyte, and whoever saves one holds it several times.
+        Rows are gathered, since a slice of a variable copies all of it first, and
+        TensorFlow does not give back what that took.
         With several workers all of them take every piece at once.
 
         Yields:
@@ -298,9 +300,9 @@ class AnswerLearner(Learner):
         row_bytes = sum(math.prod(v.shape[1:]) * v.dtype.size for v, *_ in kept)
         rows = max(1, PIECE_BYTES // (self.replicas * row_bytes))
         for start in range(0, max(1, filled), rows):
-            piece = slice(start, min(start + rows, filled))
+            piece = tf.range(start, min(start + rows, filled))
             codes, released = (
-                gather_parts(strategy, [part[piece].numpy() for part in parts])
+                gather_parts(strategy, [tf.gather(p, piece).numpy() for p in parts])
                 for parts in kept
             )
             yield codes, released
@@ -335,13 +337,13 @@ class AnswerLearner(Learner):
         restored = 0
         for piece in pieces:
             replicas, count = piece[0].shape[:2]
-            rows = slice(restored, restored + count)
+            rows = tf.range(restored, restored + count)
             restored += count
             if replicas != self.replicas or restored > filled:
                 break
             for parts, values in zip(kept, piece, strict=True):
                 for part, replica in zip(parts, own, strict=True):
-                    part[rows].assign(values[replica])
+                    part.scatter_update(tf.IndexedSlices(values[replica], rows))
         if len(written) != self.replicas or restored != filled:
             raise ValueError(
                 f"The checkpoint's replay has not the {filled} rows on each of "
@@ -366,9 +368,9 @@ class AnswerLearner(Learner):
         )
         for codes, features in zip(*parts, strict=True):
             for start in range(0, filled, RENEWED_AT_ONCE):
-                rows = slice(start, min(start + RENEWED_AT_ONCE, filled))
-                new = self.embed(codes[rows])
-                features[rows].assign(tf.saturate_cast(new, tf.float16))
+                rows = tf.range(start, min(start + RENEWED_AT_ONCE, filled))
+                new = tf.saturate_cast(self.embed(tf.gather(codes, rows)), tf.float16)
+                features.scatter_update(tf.IndexedSlices(new, rows))
 
     def begin_steps(self, steps: int) -> bool:
         """Counts the answers to come; whether the student rests is known before them.

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 
 from dp_transcribe.losses.objective import GeneratorObjective
@@ -39,6 +43,31 @@ _KINDS: dict[str, Any] = {
         GeneratorObjective,
     )
 }
+
+# What Keras calls the weights in a `.keras` file.
+_WEIGHTS = "model.weights.h5"
+
+
+def replace_weights(path: Path, model: keras.Model) -> None:
+    """Writes the weights of a `.keras` file anew, through a file on disk.
+
+    Keras itself holds all of them in memory before it writes the first.
+
+    Args:
+        path: of the file, which keeps its permissions. For a while there is a second
+            copy of the weights beside it.
+        model: what `path` was saved from.
+    """
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+        weights = Path(folder) / _WEIGHTS
+        model.save_weights(weights)
+        with zipfile.ZipFile(path) as before:
+            infos = [i for i in before.infolist() if i.filename != _WEIGHTS]
+            others = [(info, before.read(info)) for info in infos]
+        with zipfile.ZipFile(path, "w") as archive:
+            for info, content in others:
+                archive.writestr(info, content)
+            archive.write(weights, _WEIGHTS)
 
 
 def config_of(value: Any) -> dict[str, Any]:

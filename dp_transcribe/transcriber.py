@@ -37,7 +37,14 @@ from dp_transcribe.rehearsal import (
     check_no_data,
     rehearse,
 )
-from dp_transcribe.saving import as_bytes, as_text, config_of, made_from, numbered
+from dp_transcribe.saving import (
+    as_bytes,
+    as_text,
+    config_of,
+    made_from,
+    numbered,
+    replace_weights,
+)
 from dp_transcribe.statements import inherited_beside, own_statement
 from dp_transcribe.teachers import Teacher, as_teacher
 from dp_transcribe.workers import (
@@ -193,6 +200,7 @@ class DPTranscriber(keras.Model):
         self._learner: GradientLearner | AnswerLearner | None = None
         self._generator_learner = GeneratorLearner(self)
         self._shows = self._is_accounted = self._was_loaded = False
+        self._leaves_out_replay = False
         self._trackers = {
             name: keras.metrics.Mean(name=name)
             for name in ("student_loss", "agreement", "generator_loss")
@@ -723,7 +731,7 @@ class DPTranscriber(keras.Model):
         store["state"] = as_bytes(json.dumps(state))
         for index, weight in enumerate(self.teacher.get_weights()):
             store[f"teacher_{index}"] = weight
-        if isinstance(self._learner, AnswerLearner):
+        if isinstance(self._learner, AnswerLearner) and not self._leaves_out_replay:
             store["written"] = self._learner.replay_written()
             for index, (codes, released) in enumerate(self._learner.replay_pieces()):
                 store[f"codes_{index}"], store[f"released_{index}"] = codes, released
@@ -808,10 +816,20 @@ class DPTranscriber(keras.Model):
         if is_chief(self.distribute_strategy):
             _validate.writable_dir("path", path.parent)
             with replacing(path, secret=True) as partial:
-                self.save(partial, overwrite=True)
+                self._save_by_disk(partial)
         else:
             with tempfile.TemporaryDirectory() as folder:
                 self.save(pathlib.Path(folder) / path.name)
+
+    def _save_by_disk(self, path: pathlib.Path) -> None:
+        """As `save`; a replay never is in memory a second time."""
+        self._leaves_out_replay = isinstance(self._learner, AnswerLearner)
+        try:
+            self.save(path, overwrite=True)
+        finally:
+            was_left_out, self._leaves_out_replay = self._leaves_out_replay, False
+        if was_left_out:
+            replace_weights(path, self)
 
 
 def _with_own_noise(

@@ -207,7 +207,7 @@ class Transcription:
 
     Attributes:
         transcriber: compiled.
-        dataset: of which only the test images are used from here on.
+        dataset: with the test images alone.
         recorder: keeps history and checkpoint; its `facts` are `config` and `teacher`.
     """
 
@@ -307,7 +307,7 @@ def prepared(
 ) -> Transcription:
     """The run with what records it, on images as the teacher takes them."""
     teacher = transcriber.teacher
-    dataset = dataset.in_range(teacher.input_range)
+    dataset = dataset.without_training().in_range(teacher.input_range)
     can_be_saved = teacher.model is not None or isinstance(teacher, dpt.TeacherEnsemble)
     if not can_be_saved:
         _LOGGER.warning("Only a Keras teacher can be saved: there is no checkpoint.")

@@ -103,6 +103,14 @@ def test_pixels_are_stretched_to_another_range(mnist_small):
         np.testing.assert_array_equal(getattr(other, f"{part}_labels"), labels)
 
 
+def test_without_training_images_those_to_measure_on_are_left(mnist_small):
+    left = mnist_small.without_training()
+    assert left.train_images.shape == (0, *mnist_small.image_shape)
+    assert left.train_images.base is None and len(left.train_labels) == 0
+    assert left.image_shape == mnist_small.image_shape
+    np.testing.assert_array_equal(left.test_images, mnist_small.test_images)
+
+
 def test_unknown_name_lists_the_choices():
     with pytest.raises(ValueError, match="'mnist', 'fashion_mnist', 'cifar10'"):
         data.load_dataset("svhn")

@@ -1,6 +1,7 @@
 """A transcription that is kept goes on as if it had never stopped."""
 
 import json
+import tracemalloc
 
 import keras
 import numpy as np
@@ -90,6 +91,55 @@ def test_a_replay_is_saved_in_pieces_and_is_whole_again(answers, monkeypatch, tm
         loaded._learner.get_replay(), model._learner.get_replay(), strict=True
     ):
         assert saved.shape[1] == 16 * answers and np.array_equal(kept, saved)
+
+
+def test_a_replay_is_never_in_memory_a_second_time(monkeypatch, tmp_path):
+    """What saving allocates are pieces; a replay of 37 MB would show."""
+    monkeypatch.setattr(learning, "PIECE_BYTES", 2**20)
+    count = 2**18
+    model = adam_model(RandomizedResponse(epsilon=1.0), replay_size=count)
+    learner = model._make_learner()
+    codes = np.arange(count * tiny.PIXELS).astype(np.uint8)
+    codes = codes.reshape(1, count, *tiny.IMAGE)
+    released = np.ones((1, count, 2, tiny.CLASSES), np.float32)
+    learner.set_replay(np.array([count]), [(codes, released)])
+    # A slice of a variable reads all of it; TensorFlow keeps what that took.
+    whole, kind = set(), type(learner.replay.codes)
+    read = kind.value
+    monkeypatch.setattr(kind, "value", lambda v: whole.add(tuple(v.shape)) or read(v))
+    tracemalloc.start()
+    model.save_checkpoint(tmp_path / "model.keras")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**23
+    assert not {shape for shape in whole if shape[:1] == (count,)}
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert not {shape for shape in whole if shape[:1] == (count,)}
+    for kept, saved in zip(
+        loaded._learner.get_replay(), (codes, released), strict=True
+    ):
+        assert np.array_equal(kept, saved)
+
+
+@pytest.mark.parametrize("how", ["save_checkpoint", "save", "keras.saving.save_model"])
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_every_file_of_a_model_holds_the_replay(how, weights_only, tmp_path):
+    model, path = adam_model(RandomizedResponse(epsilon=1.0)), tmp_path / "m.keras"
+    fit(model, 2)
+    if how.startswith("keras"):
+        keras.saving.save_model(model, path)
+    else:
+        getattr(model, how)(path)
+    if weights_only:
+        loaded = adam_model(RandomizedResponse(epsilon=1.0), seed=9)
+        loaded.load_weights(path)
+    else:
+        loaded = keras.saving.load_model(path)
+    assert_same(loaded, model)
+    for kept, saved in zip(
+        loaded._learner.get_replay(), model._learner.get_replay(), strict=True
+    ):
+        assert len(saved[0]) == 32 and np.array_equal(kept, saved)
 
 
 @pytest.mark.parametrize("done", [1, 2, 3])
@@ -254,6 +304,30 @@ def test_a_save_that_is_cut_short_leaves_the_old_file(tmp_path, monkeypatch):
     model.save_checkpoint(path)
     assert keras.saving.load_model(path).ledger == model.ledger
     assert [p.name for p in tmp_path.iterdir()] == ["m.keras"]
+    assert path.stat().st_mode & 0o077 == 0
+
+
+def test_a_save_that_is_cut_short_at_the_replay_leaves_the_old_file(
+    tmp_path, monkeypatch
+):
+    model, path = adam_model(RandomizedResponse(epsilon=1.0)), tmp_path / "m.keras"
+    fit(model)
+    model.save_checkpoint(path)
+    old, pieces = path.read_bytes(), model._learner.replay_pieces
+
+    def crash():
+        yield from pieces()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model._learner, "replay_pieces", crash)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_checkpoint(path)
+    assert path.read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir()] == ["m.keras"]
+    monkeypatch.undo()
+    fit(model)
+    model.save_checkpoint(path)
+    assert_same(keras.saving.load_model(path), model)
     assert path.stat().st_mode & 0o077 == 0
 
 
