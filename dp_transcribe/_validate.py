@@ -178,3 +178,24 @@ def writable_dir(name: str, path: str | os.PathLike[str]) -> Path:
         mend = f"Choose a folder you may write to ({error.strerror or error})."
         raise invalid(name, str(path), "a writable folder", mend) from error
     return folder
+
+
+def writable_file(name: str, path: str | os.PathLike[str]) -> Path:
+    """Checks that a file can be written, creating its folder where it is missing.
+
+    Returns:
+        The file as a `Path`; it is left as it was.
+
+    Raises:
+        ValueError: it is a folder, or cannot be written.
+    """
+    file = Path(path)
+    writable_dir(name, file.parent)
+    if not file.exists():
+        return file
+    try:
+        file.open("ab").close()
+    except OSError as error:
+        mend = f"Choose a file you may write to ({error.strerror or error})."
+        raise invalid(name, str(path), "a writable file", mend) from error
+    return file

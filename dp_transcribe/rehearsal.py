@@ -7,6 +7,7 @@ Here they are tried on the student as it is.
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from dp_transcribe.teachers import Teacher
 if TYPE_CHECKING:
     from dp_transcribe.transcriber import DPTranscriber
 
+# Images of which pixels are compared together.
+_ROWS = 1000
 _LABELS = (
     "Labels are whole numbers [rows] with the default loss; one-hot rows need "
     "`compile(loss=keras.losses.CategoricalCrossentropy(from_logits=True))`."
@@ -123,6 +126,7 @@ def _try_validation(
     if data is None:
         return set()
     _check_shapes(data, owner.teacher, steps)
+    _check_pixels(_some_images(data), owner.teacher.input_range)
     measured = _Batches()
     images, labels, weights = keras.utils.unpack_x_y_sample_weight(data)
     try:
@@ -197,8 +201,7 @@ def _check_callbacks(owner: DPTranscriber, callbacks: Any, reported: set[str]) -
             _check_watched(owner, callback, reported if known else None)
         if isinstance(callback, keras.callbacks.ModelCheckpoint):
             _check_checkpoint(owner, callback, reported if known else None)
-        if isinstance(callback, keras.callbacks.BackupAndRestore):
-            _validate.writable_dir("backup_dir", callback.backup_dir)
+        _check_written(callback, validates=bool(reported - owner.reported))
         _check_optimizer_of(owner.optimizer, callback)
         # One of the user's own may report more to those that come after it.
         known = known and _is_of_keras(callback)
@@ -241,6 +244,40 @@ def _check_shapes(data: Any, teacher: Teacher, steps: int | None) -> None:
         raise _refused("a dataset without end", "Pass `validation_steps`, too.")
     if not batches:
         _check_labels(np.asarray(parts[1]), teacher.num_classes)
+
+
+def _some_images(data: Any) -> Any:
+    """All images of arrays, the first batch's of anything else."""
+    try:
+        if isinstance(data, tf.data.Dataset):
+            data = next(iter(data))
+        elif isinstance(data, keras.utils.PyDataset):
+            data = data[0]
+        images = keras.utils.unpack_x_y_sample_weight(data)[0]
+        return images if hasattr(images, "shape") else ()
+    except Exception:  # whatever a data set of the user's raises, `evaluate` meets too
+        return ()
+
+
+def _check_pixels(images: Any, bounds: tuple[float, float]) -> None:
+    """Refuses images of other pixels than the student learns from.
+
+    Of 0 to 255 where the teacher takes 0 to 1, a student measures little better than
+    chance and nothing says why. What is no number is passed over.
+    """
+    low, high = bounds
+    slack = 1e-3 * (high - low)
+    for start in range(0, len(images), _ROWS):
+        pixels = np.asarray(images[start : start + _ROWS])
+        if pixels.dtype.kind not in "buif":
+            return
+        if np.any(pixels < low - slack) or np.any(pixels > high + slack):
+            expected = f"images with pixels from {low:g} to {high:g}, as the teacher's"
+            found = f"pixels from {np.nanmin(pixels):g} to {np.nanmax(pixels):g}"
+            mend = (
+                "Scale them, or state the range it takes: `Teacher(input_range=...)`."
+            )
+            raise _validate.invalid("validation_data", found, expected, mend)
 
 
 def _check_labels(labels: np.ndarray, num_classes: int) -> None:
@@ -332,10 +369,45 @@ def _check_checkpoint(
             names = ", ".join(sorted({"epoch", *reported}))
             expected = f"a path in which names in braces are among {names}"
             raise _validate.invalid("filepath", path, expected) from error
+    if not _is_local(path):
+        return
     # What follows in braces is known only later.
-    fixed = f"{path.partition('{')[0]}_"
-    if "://" not in path:
-        _validate.writable_dir("filepath", Path(fixed).parent)
+    fixed, braces, _ = path.partition("{")
+    if braces:
+        _validate.writable_dir("filepath", Path(f"{fixed}_").parent)
+    else:
+        _validate.writable_file("filepath", path)
+
+
+def _check_written(callback: keras.callbacks.Callback, *, validates: bool) -> None:
+    """Refuses logs and backups where nothing can be written."""
+    if isinstance(callback, keras.callbacks.BackupAndRestore):
+        _validate.writable_dir("backup_dir", callback.backup_dir)
+    if isinstance(callback, keras.callbacks.CSVLogger) and _is_local(callback.filename):
+        _validate.writable_file("filename", callback.filename)
+    if isinstance(callback, keras.callbacks.TensorBoard):
+        _check_board(callback.log_dir, validates=validates)
+
+
+def _check_board(log_dir: str, *, validates: bool) -> None:
+    """Refuses a `TensorBoard` that cannot write, or whose package is not there."""
+    if not _is_installed("tensorboard"):
+        mend = "Install it with `pip install tensorboard`, or take a `CSVLogger`."
+        expected = "callbacks whose packages are installed"
+        raise _validate.invalid("callbacks", "TensorBoard", expected, mend)
+    if _is_local(log_dir):
+        for part in ("train", "validation")[: 1 + validates]:
+            _validate.writable_dir("log_dir", Path(log_dir) / part)
+
+
+def _is_installed(package: str) -> bool:
+    """Whether a package that Keras imports only when it writes is there."""
+    return importlib.util.find_spec(package) is not None
+
+
+def _is_local(path: str) -> bool:
+    """Whether a path is one of this machine's file system, not of a remote store."""
+    return "://" not in path
 
 
 def check_checkpoint_path(name: str, path: str) -> None:

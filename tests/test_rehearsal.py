@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from dp_transcribe import rehearsal
 from dp_transcribe.mechanisms import NormalizedGradient
 from dp_transcribe.teachers import Teacher
 from tests import tiny
@@ -90,6 +91,34 @@ class Batches(keras.utils.PyDataset):
 )
 def test_validation_data_that_cannot_be_measured_cost_nothing(data):
     assert_refused("`validation_data`", validation_data=data)
+
+
+@pytest.mark.parametrize("form", [lambda *data: data, dataset, Batches])
+@pytest.mark.parametrize(
+    ("images", "found"),
+    [
+        (255 * IMAGES, "to 25"),
+        ((255 * IMAGES).astype(np.uint8), "to 25"),
+        (2 * IMAGES - 1, "from -"),
+    ],
+)
+def test_validation_images_of_other_pixels_than_the_teacher_takes_cost_nothing(
+    form, images, found
+):
+    message = f"`validation_data`.*pixels from 0 to 1.*{found}.*Scale them"
+    assert_refused(message, validation_data=form(images, LABELS))
+
+
+def test_validation_images_are_in_the_teachers_own_range():
+    teacher = Teacher(tiny.linear_model(5), outputs="logits", input_range=(-1.0, 1.0))
+    model = tiny.transcriber(
+        NormalizedGradient(),
+        teacher=teacher,
+        generator=tiny.UniformPixels(tiny.IMAGE, output_range=(-1.0, 1.0)),
+    )
+    assert_refused("from -1 to 1", model, validation_data=(3 * IMAGES - 1, LABELS))
+    rounded = np.nextafter(2 * IMAGES - 1, np.float32(2))
+    fit(model, target_epsilon=8.0, validation_data=(rounded, LABELS))
 
 
 @pytest.mark.parametrize("form", [lambda *data: data, dataset, Batches])
@@ -223,6 +252,7 @@ def test_a_scheduled_learning_rate_is_reduced_by_nothing_else():
     ("path", "message"),
     [
         ("kept.h5", "ends in .keras"),
+        ("folder.keras", "`filepath`.*writable file"),
         ("file/kept.keras", "writable folder"),
         ("kept-{nope}.keras", "`filepath`.*in braces are among"),
         ("kept-{val_loss:.2f}.keras", "`filepath`.*in braces are among"),
@@ -230,15 +260,59 @@ def test_a_scheduled_learning_rate_is_reduced_by_nothing_else():
 )
 def test_checkpoints_that_could_not_be_written_cost_nothing(path, message, tmp_path):
     (tmp_path / "file").touch()
+    (tmp_path / "folder.keras").mkdir()
     keep = keras.callbacks.ModelCheckpoint(tmp_path / path)
     assert_refused(message, callbacks=[keep])
-    assert [found.name for found in tmp_path.iterdir()] == ["file"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.keras"]
 
 
 def test_a_backup_that_could_not_be_written_costs_nothing(tmp_path):
     (tmp_path / "file").touch()
     backup = keras.callbacks.BackupAndRestore(str(tmp_path / "file" / "backup"))
     assert_refused("`backup_dir`.*writable folder", callbacks=[backup])
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("file/log.csv", "writable folder"), ("folder", "writable file")],
+)
+def test_a_table_that_could_not_be_written_costs_nothing(path, message, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    log = keras.callbacks.CSVLogger(tmp_path / path)
+    assert_refused(f"`filename`.*{message}", callbacks=[log])
+
+
+def test_a_table_that_is_continued_is_left_as_it_was(tmp_path):
+    path = tmp_path / "new" / "log.csv"
+    for lines in (2, 3):  # a header and one more epoch each time
+        log = keras.callbacks.CSVLogger(path, append=True)
+        fit(tiny.transcriber(), callbacks=[log])
+        assert len(path.read_text().splitlines()) == lines
+
+
+@pytest.mark.parametrize("path", ["train", "validation", "train/logs"])
+def test_logs_that_could_not_be_written_cost_nothing(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(rehearsal, "_is_installed", lambda _: True)
+    (tmp_path / path.partition("/")[0]).touch()
+    folder = tmp_path / "train" / "logs" if "/" in path else tmp_path
+    board = keras.callbacks.TensorBoard(folder)
+    data = (IMAGES, LABELS)
+    assert_refused("`log_dir`.*writable folder", callbacks=board, validation_data=data)
+
+
+def test_tensorboard_without_its_package_costs_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(rehearsal, "_is_installed", lambda _: False)
+    board = keras.callbacks.TensorBoard(tmp_path / "logs")
+    assert_refused("`callbacks`.*pip install tensorboard", callbacks=[board])
+    assert not any(tmp_path.iterdir())
+
+
+def test_logs_of_tensorboard_are_written_where_there_was_no_folder(tmp_path):
+    pytest.importorskip("tensorboard")
+    board = keras.callbacks.TensorBoard(tmp_path / "logs")
+    fit(tiny.transcriber(), callbacks=[board])
+    assert [found.name for found in (tmp_path / "logs").iterdir()] == ["train"]
 
 
 def test_a_teacher_that_cannot_be_saved_is_noticed_before_the_first_epoch(tmp_path):

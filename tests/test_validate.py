@@ -123,3 +123,17 @@ def test_writable_dir_refuses_a_path_through_a_file(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "folder"):
         with pytest.raises(ValueError, match="`output_dir`.*a writable folder"):
             _validate.writable_dir("output_dir", path)
+
+
+def test_writable_file_makes_the_folder_and_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "new" / "log.csv"
+    assert _validate.writable_file("filename", str(path)) == path
+    assert path.parent.is_dir() and not path.exists()
+    path.write_text("kept")
+    _validate.writable_file("filename", path)
+    assert path.read_text() == "kept"
+
+
+def test_writable_file_refuses_a_folder(tmp_path):
+    with pytest.raises(ValueError, match="`filename`.*a writable file"):
+        _validate.writable_file("filename", tmp_path)
