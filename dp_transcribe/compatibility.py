@@ -35,9 +35,7 @@ def check_parts(owner: DPTranscriber) -> None:
     """
     teacher, student, mechanism = owner.teacher, owner.student, owner.mechanism
     generator, trained = owner.generator, owner.trains_generator
-    check_student(student, teacher)
-    check_clippable(student)
-    check_learns(student)
+    check_can_learn(student, teacher)
     check_dtype(owner.dtype_policy)
     mechanism.check(teacher.num_classes)
     mechanism.check_teacher(teacher)
@@ -59,6 +57,13 @@ def check_parts(owner: DPTranscriber) -> None:
     if classes not in (None, teacher.num_classes):
         expected = f"{teacher.num_classes} classes, as the teacher has"
         raise _validate.invalid("generator", classes, expected)
+
+
+def check_can_learn(student: keras.Model, teacher: Teacher) -> None:
+    """Refuses a student that cannot learn privately what this teacher says."""
+    check_student(student, teacher)
+    check_clippable(student)
+    check_learns(student)
 
 
 def check_source(

@@ -15,7 +15,7 @@ from typing import Any
 import keras
 
 from dp_transcribe import _validate
-from dp_transcribe.compatibility import check_source
+from dp_transcribe.compatibility import check_can_learn, check_queries, check_source
 from dp_transcribe.ensembles import TeacherEnsemble
 from dp_transcribe.generators.base import ProceduralGenerator
 from dp_transcribe.generators.conv_generator import ConvGenerator
@@ -108,16 +108,18 @@ def dpdfd(
         arXiv:2304.12528. The pool of queries, the public prior and the averaged
         iterates are this library's.
     """
-    teacher = _checked(teacher, prior, epochs, steps_per_epoch)
+    teacher = _checked(teacher, prior, student, epochs, steps_per_epoch)
     _validate.positive_int("pool_size", pool_size)
     _validate.positive_int("batch_size", batch_size)
     balance_classes = student is not None
-    if student is None:
-        student = _wavelet_student(teacher, prior, {"units": units})
     updates = 5
     total = epochs * steps_per_epoch * updates
     least = -(-pool_size // batch_size)
     pool = QueryPool(size=pool_size, batch_size=batch_size, updates=max(total, least))
+    if student is None:
+        student = _wavelet_student(teacher, prior, {"units": units})
+    else:
+        check_queries(pool, NormalizedGradient(), 1, student)
     rate = keras.optimizers.schedules.CosineDecay(1.0, total, alpha=0.05)
     return _transcriber(
         teacher,
@@ -165,7 +167,7 @@ def srr(
     References:
         arXiv:2409.12384; randomised response of arXiv:2102.06062.
     """
-    teacher = _checked(teacher, prior, epochs, steps_per_epoch)
+    teacher = _checked(teacher, prior, student, epochs, steps_per_epoch)
     generator = generator or _pretrained(teacher, prior, seed)
     check_source("generator", generator, teacher, trained=True)
     pretrain_by_teacher(generator, teacher, steps=PRETRAINING_STEPS, seed=seed or 0)
@@ -223,7 +225,7 @@ def dpsd(
         "label": SelectiveRandomizedResponse(smoothing=SMOOTHING),
     }
     mechanism = mechanisms[_validate.one_of("protect", protect, mechanisms)]
-    teacher = _checked(teacher, prior, epochs, steps_per_epoch)
+    teacher = _checked(teacher, prior, student, epochs, steps_per_epoch)
     return _by_answers(
         teacher,
         prior,
@@ -282,7 +284,7 @@ def transcribe_private_teacher(
     Raises:
         ValueError: the teacher has no statement.
     """
-    teacher = _checked(teacher, prior, epochs, steps_per_epoch)
+    teacher = _checked(teacher, prior, student, epochs, steps_per_epoch)
     statement = check_inheritable(teacher.statement, "teacher.statement")
     return _by_answers(
         teacher,
@@ -345,7 +347,7 @@ def pate(
         images that PATE asks about.
     """
     num_teachers = _num_teachers(ensemble)
-    _checked(ensemble, prior, epochs, steps_per_epoch)
+    _checked(ensemble, prior, student, epochs, steps_per_epoch)
     return _by_answers(
         ensemble,
         prior,
@@ -394,7 +396,7 @@ def pate_gradient(
     compose. Student and generator are covered.
     """
     num_teachers = _num_teachers(ensemble)
-    _checked(ensemble, prior, epochs, steps_per_epoch)
+    _checked(ensemble, prior, student, epochs, steps_per_epoch)
     if student is None:
         student = _wavelet_student(ensemble, prior, LINEAR)
     rate = keras.optimizers.schedules.CosineDecay(
@@ -413,10 +415,14 @@ def pate_gradient(
     )
 
 
-def _checked(teacher: Any, prior: Any, epochs: int, steps_per_epoch: int) -> Teacher:
-    """The teacher, of whose images the prior is; before minutes of pretraining."""
+def _checked(
+    teacher: Any, prior: Any, student: Any, epochs: int, steps_per_epoch: int
+) -> Teacher:
+    """The teacher that prior and student fit; before minutes of pretraining."""
     teacher = as_teacher(teacher)
     check_source("prior", prior, teacher)
+    if student is not None:
+        check_can_learn(student, teacher)
     _validate.positive_int("epochs", epochs)
     _validate.positive_int("steps_per_epoch", steps_per_epoch)
     return teacher

@@ -2,6 +2,7 @@
 
 import functools
 
+import keras
 import pytest
 import tensorflow as tf
 
@@ -50,6 +51,11 @@ def _call(name, **kwargs):
         steps_per_epoch=1,
         **kwargs,
     )
+
+
+def with_hidden(layer):
+    flatten, logits = keras.layers.Flatten(), keras.layers.Dense(tiny.CLASSES)
+    return keras.Sequential([keras.Input(tiny.IMAGE), flatten, layer, logits])
 
 
 def test_every_method_has_its_call():
@@ -136,6 +142,34 @@ def test_srr_refuses_a_generator_or_teacher_that_cannot_be_guided():
     generator = MLPGenerator(tiny.IMAGE, latent_dim=4, units=(8,))
     with pytest.raises(ValueError, match="`teacher`.*gradient"):
         dpt.srr(blind, prior, student=student, generator=generator)
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        (lambda: tiny.linear_model(classes=7), "7"),
+        (lambda: with_hidden(keras.layers.BatchNormalization()), "BatchNorm"),
+        (lambda: "lenet", "`Model`"),
+    ],
+)
+def test_a_student_that_is_refused_is_so_before_any_pretraining(
+    name, student, message, monkeypatch
+):
+    def pretrain(*_, **__):
+        pytest.fail("It was pretrained first.")
+
+    monkeypatch.setattr(methods, "pretrain", pretrain)
+    monkeypatch.setattr(methods, "pretrain_by_teacher", pretrain)
+    with pytest.raises(ValueError, match=f"`student`.*{message}"):
+        CALLS[name](tiny.linear_teacher(), SmoothNoise(tiny.IMAGE), student=student())
+
+
+def test_dpdfd_refuses_random_layers_before_any_pretraining(monkeypatch):
+    monkeypatch.setattr(methods, "pretrain", lambda *_, **__: pytest.fail("too late"))
+    student = with_hidden(keras.layers.Dropout(0.5))
+    with pytest.raises(ValueError, match="random"):
+        dpt.dpdfd(tiny.linear_teacher(), SmoothNoise(tiny.IMAGE), student=student)
 
 
 def test_a_private_teacher_is_transcribed_under_its_own_statement():
