@@ -6,6 +6,7 @@ from scipy.special import log_softmax
 from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
+from dp_transcribe.data import ImageDataset
 from dp_transcribe.evaluation import (
     Answers,
     MembershipResult,
@@ -16,7 +17,7 @@ from dp_transcribe.evaluation import (
     strongest_attack,
     threshold_attack,
 )
-from dp_transcribe.evaluation.membership import membership_result
+from dp_transcribe.evaluation.membership import membership_result, never_seen
 
 CLASSES = 5
 
@@ -108,3 +109,22 @@ def test_each_rate_that_is_reported_is_the_best_attacks(monkeypatch):
     monkeypatch.setattr(membership, "regression_attack", found(0.5, 0.1, 0.2))
     best = strongest_attack(None)
     assert (best.auc, best.tpr_at_1e_3, best.tpr_at_1e_2) == (0.6, 0.1, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("trained", "first", "last"), [(30, 60, 80), (70, 70, 80), (80, None, None)]
+)
+def test_strangers_are_training_images_that_are_left(trained, first, last):
+    random = np.random.default_rng(0)
+
+    def part(count):
+        return random.random((count, 2, 2, 1), np.float32), np.arange(count) % CLASSES
+
+    dataset = ImageDataset("mnist", *part(80), *part(60), CLASSES, "noise")
+    images, labels = never_seen(dataset, trained, 20)
+    if first is None:
+        np.testing.assert_array_equal(images, dataset.test_images[:20])
+        np.testing.assert_array_equal(labels, dataset.test_labels[:20])
+    else:
+        np.testing.assert_array_equal(images, dataset.train_images[first:last])
+        np.testing.assert_array_equal(labels, dataset.train_labels[first:last])
