@@ -48,7 +48,7 @@ RAREST = 0.05
 PREDICTION_RATE, LOOKED_AT = 0.05, 256
 ANSWER_RATE = 0.01
 # Queries that pass the frozen part of the student together after loading.
-RENEWED_AT_ONCE = 2000
+RENEWED_AT_ONCE = 500
 # Of one piece of a replay that is saved, at most.
 PIECE_BYTES = 2**26
 

@@ -737,7 +737,17 @@ class DPTranscriber(keras.Model):
                 store[f"codes_{index}"], store[f"released_{index}"] = codes, released
 
     def load_own_variables(self, store: Any) -> None:
-        """Reads what `save_own_variables` wrote."""
+        """Reads what `save_own_variables` wrote.
+
+        Raises:
+            ValueError: it holds a replay in a form of before, which would be lost.
+        """
+        if "replay_0" in store.keys():
+            raise ValueError(
+                "The file holds its replay as an earlier version of this library wrote "
+                "it, in one piece; expected pieces. Load it with that version, or "
+                "start anew."
+            )
         own = len(self._trainable_variables) + len(self._non_trainable_variables)
         super().load_own_variables({str(i): store[str(i)] for i in range(own)})
         state, budget = json.loads(as_text(store["state"])), self.budget

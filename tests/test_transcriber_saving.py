@@ -3,6 +3,7 @@
 import json
 import tracemalloc
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -140,6 +141,18 @@ def test_every_file_of_a_model_holds_the_replay(how, weights_only, tmp_path):
         loaded._learner.get_replay(), model._learner.get_replay(), strict=True
     ):
         assert len(saved[0]) == 32 and np.array_equal(kept, saved)
+
+
+def test_a_replay_of_an_earlier_version_is_not_left_out_without_a_word(tmp_path):
+    model, path = adam_model(RandomizedResponse(epsilon=1.0)), tmp_path / "m.weights.h5"
+    fit(model)
+    model.save_weights(path)
+    with h5py.File(path, "a") as file:
+        file["vars"]["replay_0"] = np.zeros(3)
+    used = adam_model(RandomizedResponse(epsilon=1.0))
+    with pytest.raises(ValueError, match="earlier version"):
+        used.load_weights(path)
+    assert len(used.ledger) == 0
 
 
 @pytest.mark.parametrize("done", [1, 2, 3])
