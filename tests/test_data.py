@@ -70,8 +70,12 @@ def test_fallback_splits_share_no_image_and_never_change(mnist_small):
 
 
 def test_a_host_that_hangs_is_given_up_within_seconds(monkeypatch):
+    def hang(*args, **kwargs):
+        time.sleep(60)
+        raise TimeoutError
+
     monkeypatch.setattr(data, "_PROBE_SECONDS", 0.1)
-    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *a, **k: time.sleep(60))
+    monkeypatch.setattr(data.urllib.request, "urlopen", hang)
     with pytest.raises(ConnectionError, match="no answer from https://host"):
         data._require_network("https://host")
 
