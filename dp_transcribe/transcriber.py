@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -14,9 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from dp_transcribe import _validate, compatibility
-from dp_transcribe._files import replacing
 from dp_transcribe.budget import DEFAULT_DELTA, Budget
-from dp_transcribe.ensembles import TeacherEnsemble
 from dp_transcribe.generator_learning import GeneratorLearner
 from dp_transcribe.learning import (
     AnswerLearner,
@@ -37,7 +33,13 @@ from dp_transcribe.rehearsal import (
     check_no_data,
     rehearse,
 )
-from dp_transcribe.saving import as_bytes, as_text, config_of, made_from, numbered
+from dp_transcribe.saving import (
+    arguments_from,
+    config_of_arguments,
+    read_state,
+    write_checkpoint,
+    write_state,
+)
 from dp_transcribe.statements import inherited_beside, own_statement
 from dp_transcribe.teachers import Teacher, as_teacher
 from dp_transcribe.workers import (
@@ -45,7 +47,6 @@ from dp_transcribe.workers import (
     check_equal,
     gather_parts,
     has_other_workers,
-    is_chief,
     losing_no_worker,
     own_replicas,
 )
@@ -686,67 +687,23 @@ class DPTranscriber(keras.Model):
         Raises:
             ValueError: the teacher is not a Keras model, so it has no config.
         """
-        serialize = keras.saving.serialize_keras_object
-        config = {name: getattr(self, name) for name in _PLAIN_ARGUMENTS}
-        for name in _SERIALIZED:
-            config[name] = serialize(getattr(self, name))
-        for name in ("mechanism", "queries", "objective"):
-            config[name] = config_of(getattr(self, name))
-        config["teacher"] = self.teacher.get_config()
-        return {**super().get_config(), **config}
+        return {**super().get_config(), **config_of_arguments(self)}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DPTranscriber:
         """Makes the transcriber that `get_config` described."""
-        config = dict(config)
-        for name in _SERIALIZED:
-            config[name] = keras.saving.deserialize_keras_object(config[name])
-        for name in ("mechanism", "queries", "objective"):
-            config[name] = made_from(config[name])
-        kind = TeacherEnsemble if "member" in config["teacher"] else Teacher
-        teacher = config["teacher"] = kind.from_config(config["teacher"])
-        # Fresh weights may equal the student's, which would be taken for a copy.
-        teacher.set_weights([np.zeros_like(w) for w in teacher.get_weights()])
-        return cls(**config)
+        return cls(**arguments_from(config))
 
     def save_own_variables(self, store: Any) -> None:
         """Writes ledger, pool count, replay and the teacher's weights."""
         super().save_own_variables(store)
-        store["ledger"] = as_bytes(self.ledger.to_json())
-        state = {
-            "pool_number": self.budget.pool_number,
-            "delta": self.budget.delta,
-            "accountant": self.budget.accountant,
-            "mechanism": self.mechanism.get_config(),
-            "seed": self.seed,
-        }
-        store["state"] = as_bytes(json.dumps(state))
-        for index, weight in enumerate(self.teacher.get_weights()):
-            store[f"teacher_{index}"] = weight
-        if isinstance(self._learner, AnswerLearner):
-            for index, value in enumerate(self._learner.get_replay()):
-                store[f"replay_{index}"] = value
+        write_state(self, store)
 
     def load_own_variables(self, store: Any) -> None:
         """Reads what `save_own_variables` wrote."""
         own = len(self._trainable_variables) + len(self._non_trainable_variables)
         super().load_own_variables({str(i): store[str(i)] for i in range(own)})
-        state, budget = json.loads(as_text(store["state"])), self.budget
-        budget.resume(
-            Ledger.from_json(as_text(store["ledger"])),
-            type(self.mechanism).from_config(state["mechanism"]),
-            pool_number=state["pool_number"],
-        )
-        budget.delta, budget.accountant = state["delta"], state["accountant"]
-        self.noise.seed = state["seed"]
-        self._was_loaded = True
-        self._forget_run()
-        weights = numbered(store, "teacher")
-        if weights:
-            self.teacher.set_weights(weights)
-        replay = numbered(store, "replay")
-        if replay:
-            cast(AnswerLearner, self._make_learner()).set_replay(replay)
+        read_state(self, store)
 
     def _forget_run(self) -> None:
         """Drops pool, budget and traced step: they belong to what was before."""
@@ -800,14 +757,7 @@ class DPTranscriber(keras.Model):
         """
         _validate.instance_of("path", path, (str, os.PathLike))
         check_checkpoint_path("path", os.fspath(path))
-        path = pathlib.Path(path)
-        if is_chief(self.distribute_strategy):
-            _validate.writable_dir("path", path.parent)
-            with replacing(path, secret=True) as partial:
-                self.save(partial, overwrite=True)
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                self.save(pathlib.Path(folder) / path.name)
+        write_checkpoint(self, pathlib.Path(path))
 
 
 def _with_own_noise(
@@ -829,20 +779,4 @@ _FIXED = (
     "generator_covered",
     "generator_updates",
     "candidates_per_query",
-)
-_SERIALIZED = ("student", "second_student", "generator", "public_prior")
-_PLAIN_ARGUMENTS = (
-    "public_share",
-    "student_updates",
-    "generator_updates",
-    "generator_batch_size",
-    "replay_size",
-    "replay_batch_size",
-    "candidates_per_query",
-    "balance_classes",
-    "uniform_prior_queries",
-    "rests",
-    "generator_covered",
-    "schedule",
-    "seed",
 )
