@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -29,6 +30,7 @@ from dp_transcribe.mechanisms.randomized_response import (
 from dp_transcribe.mechanisms.weight_gradient import ClippedGradient, NormalizedGradient
 from dp_transcribe.privacy.ledger import Ledger
 from dp_transcribe.queries import FreshQueries, QueryPool
+from dp_transcribe.rehearsal import check_checkpoint_path
 from dp_transcribe.teachers import Teacher
 from dp_transcribe.workers import is_chief
 
@@ -113,8 +115,9 @@ def write_state(owner: DPTranscriber, store: Any) -> None:
     store["state"] = _as_bytes(json.dumps(state))
     for index, weight in enumerate(owner.teacher.get_weights()):
         store[f"teacher_{index}"] = weight
-    if isinstance(owner._learner, AnswerLearner):
-        for index, value in enumerate(owner._learner.get_replay()):
+    learner = owner._run.learner
+    if isinstance(learner, AnswerLearner):
+        for index, value in enumerate(learner.get_replay()):
             store[f"replay_{index}"] = value
 
 
@@ -128,21 +131,23 @@ def read_state(owner: DPTranscriber, store: Any) -> None:
     )
     budget.delta, budget.accountant = state["delta"], state["accountant"]
     owner.noise.seed = state["seed"]
-    owner._was_loaded = True
-    owner._forget_run()
+    owner._run.after_load()
     weights = _numbered(store, "teacher")
     if weights:
         owner.teacher.set_weights(weights)
     replay = _numbered(store, "replay")
     if replay:
-        cast(AnswerLearner, owner._make_learner()).set_replay(replay)
+        cast(AnswerLearner, owner._run.make_learner()).set_replay(replay)
 
 
-def write_checkpoint(owner: DPTranscriber, path: Path) -> None:
+def write_checkpoint(owner: DPTranscriber, path: str | os.PathLike[str]) -> None:
     """Saves to a file that is never seen half written; the first worker alone does.
 
     The others take part, since replays are gathered, and keep nothing.
     """
+    _validate.instance_of("path", path, (str, os.PathLike))
+    check_checkpoint_path("path", os.fspath(path))
+    path = Path(path)
     if is_chief(owner.distribute_strategy):
         _validate.writable_dir("path", path.parent)
         with replacing(path, secret=True) as partial:

@@ -70,7 +70,7 @@ def test_resuming_equals_the_uninterrupted_run(mechanism, queries, done, tmp_pat
     fit(resumed, 3 - done)
     assert_same(resumed, whole)
     if not isinstance(mechanism, NormalizedGradient):
-        replays = [m._learner.get_replay() for m in (resumed, whole)]
+        replays = [m._run.learner.get_replay() for m in (resumed, whole)]
         for a, b in zip(*replays, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -106,10 +106,10 @@ def test_features_of_a_frozen_front_are_computed_anew(weights_only, tmp_path):
         part.save_checkpoint(tmp_path / "part.keras")
         resumed = keras.saving.load_model(tmp_path / "part.keras")
     fit(resumed, 1)
-    assert resumed._learner.front is not None
+    assert resumed._run.learner.front is not None
     np.testing.assert_allclose(
-        resumed._learner.replay.features.numpy()[:48],
-        whole._learner.replay.features.numpy()[:48],
+        resumed._run.learner.replay.features.numpy()[:48],
+        whole._run.learner.replay.features.numpy()[:48],
         atol=2e-3,
     )
     assert_same(resumed, whole)
@@ -173,7 +173,7 @@ def test_raw_answers_are_in_no_checkpoint(tmp_path):
     fit(model, 2)
     path = tmp_path / "m.weights.h5"
     model.save_weights(path)
-    raw = model._learner.pool.answers.numpy()[:3].tobytes()
+    raw = model._run.learner.pool.answers.numpy()[:3].tobytes()
     content = path.read_bytes()
     assert raw[:40] not in content
     assert model.student.get_weights()[0].tobytes()[:40] in content
