@@ -44,6 +44,7 @@ class Budget:
     def __init__(
         self, mechanism: Mechanism, queries: Queries, student_updates: int
     ) -> None:
+        _validate.instance_of("mechanism", mechanism, Mechanism)
         self.mechanism = self._offered = mechanism
         self.queries = queries
         self.ledger = Ledger()
@@ -51,7 +52,9 @@ class Budget:
         self.accountant = "rdp"
         self.pool_number = 0
         self.epsilon_shown = 0.0
-        self.student_updates = student_updates
+        self.student_updates = _validate.positive_int(
+            "student_updates", student_updates
+        )
         self._target: float | None = None
         self._steps_at_once = 1
         self._horizon = self._planned = 0

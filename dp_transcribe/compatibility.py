@@ -95,17 +95,24 @@ def check_dtype(policy: Any) -> None:
         raise _validate.invalid("dtype", policy.name, "no float16 policy", mend)
 
 
-def check_measures(loss: Any, *metrics: Any, own: Iterable[str]) -> None:
-    """Refuses losses for several outputs, and metrics under names that are taken.
+def check_compile(
+    loss: Any, metrics: Any, options: dict[str, Any], *, own: Iterable[str]
+) -> None:
+    """Refuses what a transcriber cannot be compiled with.
 
     Args:
-        loss: of `evaluate`.
-        *metrics: of `evaluate`, as Keras takes them.
+        loss: of `evaluate`, for one output.
+        metrics: of `evaluate`, as Keras takes them, under names that are not taken.
+        options: further arguments of Keras' `compile`.
         own: the names under which a run reports itself.
     """
+    if "optimizer" in options:
+        expected = "`student_optimizer`, and `generator_optimizer` if it learns"
+        raise _validate.invalid("optimizer", options["optimizer"], expected)
+    _validate.positive_int("steps_per_execution", options.get("steps_per_execution", 1))
     if isinstance(loss, (dict, list, tuple)):
         raise _validate.invalid("loss", loss, "one loss: the student has one output")
-    for metric in keras.tree.flatten(metrics):
+    for metric in keras.tree.flatten((metrics, options.get("weighted_metrics"))):
         name = getattr(metric, "name", None) or getattr(metric, "__name__", metric)
         if name in own:
             mend = "It is what a run reports of itself; give the metric another name."
@@ -119,6 +126,22 @@ def check_learns(student: keras.Model) -> None:
         mend = "Set `trainable` of the layers that are to learn."
         expected = "a student with weights that learn"
         raise _validate.invalid("student", student.name, expected, mend)
+
+
+def check_ledger(owner: DPTranscriber) -> None:
+    """Refuses weights that went through more than the ledger knows.
+
+    Raises:
+        RuntimeError: they are another transcriber's, or came without its ledger.
+    """
+    known = owner.ledger.releases(owner.mechanism.unit)
+    made = int(owner.releases.numpy())
+    if made > known:
+        raise RuntimeError(
+            f"These weights have gone through {made} releases and the ledger knows "
+            f"of {known}: they were taken from another transcriber, without its "
+            "ledger. Load what `save_checkpoint` or `save_weights` wrote."
+        )
 
 
 def check_unguided(name: str, source: Any, covered: bool) -> None:

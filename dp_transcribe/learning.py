@@ -354,6 +354,16 @@ class AnswerLearner(Learner):
             part.assign(written[replica])
         self._features_missing = filled
 
+    def answered(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of the replay of all replicas, the codes that were answered and the answers.
+
+        With several workers all of them call it at once.
+        """
+        codes, rows = self.get_replay()
+        released = Released(rows[:, :, 0], rows[:, :, 1])
+        answered = released.answered.numpy()
+        return codes[answered], released.answers[answered]
+
     def prepare(self) -> None:
         """Computes the features of a replay that was loaded, before a run."""
         strategy = self.owner.distribute_strategy

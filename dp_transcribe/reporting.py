@@ -233,7 +233,7 @@ def draw_samples(transcriber: DPTranscriber, count: int = 40) -> Samples:
     **Privacy**: post-processing of what was released. Where the statement does not
     cover the generator, the caption says that the picture is not covered either.
     """
-    learner = transcriber._learner
+    learner = transcriber._run.learner
     if isinstance(learner, AnswerLearner):
         images, labels = _answered(transcriber, learner.replay, count)
         origin = "The last queries, each with the label released for it."

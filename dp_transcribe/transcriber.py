@@ -2,60 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import os
-import pathlib
-import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from dp_transcribe import _validate, compatibility
-from dp_transcribe._files import replacing
 from dp_transcribe.budget import DEFAULT_DELTA, Budget
-from dp_transcribe.ensembles import TeacherEnsemble
 from dp_transcribe.generator_learning import GeneratorLearner
-from dp_transcribe.learning import (
-    AnswerLearner,
-    GradientLearner,
-    make_learner,
-)
+from dp_transcribe.learning import AnswerLearner
 from dp_transcribe.losses.objective import GeneratorObjective
-from dp_transcribe.mechanisms.base import Mechanism, Released
-from dp_transcribe.mechanisms.noise import NoiseSource, secret_bytes
+from dp_transcribe.mechanisms.base import Mechanism
+from dp_transcribe.mechanisms.noise import NoiseSource
 from dp_transcribe.optimizers import build_optimizers, check_optimizers
-from dp_transcribe.precision import require_float32
 from dp_transcribe.privacy.ledger import Ledger
 from dp_transcribe.privacy.statement import PrivacyStatement
-from dp_transcribe.queries import FreshQueries, Queries, QueryPool
-from dp_transcribe.rehearsal import (
-    build_measures,
-    check_checkpoint_path,
-    check_no_data,
-    rehearse,
-)
+from dp_transcribe.queries import FreshQueries, Queries
+from dp_transcribe.rehearsal import check_checkpoint_path, check_no_data, rehearse
+from dp_transcribe.run import Run
 from dp_transcribe.saving import (
-    as_bytes,
-    as_text,
-    config_of,
-    made_from,
-    numbered,
-    replace_weights,
+    arguments_from,
+    check_state,
+    config_of_arguments,
+    read_state,
+    write_checkpoint,
+    write_state,
 )
 from dp_transcribe.statements import inherited_beside, own_statement
 from dp_transcribe.teachers import Teacher, as_teacher
-from dp_transcribe.workers import (
-    LocalCopy,
-    check_equal,
-    gather_parts,
-    has_other_workers,
-    is_chief,
-    losing_no_worker,
-    own_replicas,
-)
+from dp_transcribe.workers import LocalCopy, has_other_workers, losing_no_worker
 
 
 @keras.saving.register_keras_serializable(package="dp_transcribe")
@@ -150,9 +128,9 @@ class DPTranscriber(keras.Model):
         self.second_student = second_student
         self.generator = generator
         self.budget = Budget(
-            _validate.instance_of("mechanism", mechanism, Mechanism),
+            mechanism,
             queries if queries is not None else FreshQueries(),
-            _validate.positive_int("student_updates", student_updates),
+            student_updates,
         )
         self.public_prior = public_prior
         self.public_share = _validate.probability("public_share", public_share)
@@ -182,7 +160,7 @@ class DPTranscriber(keras.Model):
             aggregation="mean",
             name="class_frequencies",
         )
-        # A weight, so that it goes where the student's weights go: see `_check_ledger`.
+        # A weight, so that it goes where the student's weights go: see `check_ledger`.
         self.releases = self.add_weight(
             shape=(),
             dtype="int64",
@@ -197,10 +175,8 @@ class DPTranscriber(keras.Model):
         self._has_other_workers = has_other_workers(self.distribute_strategy)
         self.noise = NoiseSource(seed)
         self.schedule = tuple(_validate.positive_int("schedule", n) for n in schedule)
-        self._learner: GradientLearner | AnswerLearner | None = None
         self._generator_learner = GeneratorLearner(self)
-        self._shows = self._is_accounted = self._was_loaded = False
-        self._leaves_out_replay = False
+        self._run = Run(self)
         self._trackers = {
             name: keras.metrics.Mean(name=name)
             for name in ("student_loss", "agreement", "generator_loss")
@@ -268,10 +244,6 @@ class DPTranscriber(keras.Model):
         """The student's logits `[batch, classes]`."""
         return self.student(inputs, training=training)
 
-    @property
-    def _num_replicas(self) -> int:
-        return self.distribute_strategy.num_replicas_in_sync
-
     # How it is trained.
 
     def compile(
@@ -298,20 +270,13 @@ class DPTranscriber(keras.Model):
                 or one object is to be both, or `optimizer` is given: there are two of
                 them; a metric has a name under which a run reports itself.
         """
-        if "optimizer" in kwargs:
-            expected = "`student_optimizer`, and `generator_optimizer` if it learns"
-            raise _validate.invalid("optimizer", kwargs["optimizer"], expected)
+        own = {"loss", "epsilon", *self._trackers}
+        compatibility.check_compile(loss, metrics, kwargs, own=own)
         student_optimizer = keras.optimizers.get(student_optimizer)
         generator_optimizer = keras.optimizers.get(generator_optimizer)
         check_optimizers(self, student_optimizer, generator_optimizer)
         if loss is None:
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        own = {"loss", "epsilon", *self._trackers}
-        compatibility.check_measures(
-            loss, metrics, kwargs.get("weighted_metrics"), own=own
-        )
-        at_once = kwargs.get("steps_per_execution", 1)
-        _validate.positive_int("steps_per_execution", at_once)
         if not tf.config.list_physical_devices("GPU"):
             kwargs.setdefault("jit_compile", False)
         super().compile(
@@ -321,20 +286,7 @@ class DPTranscriber(keras.Model):
         self._compile_arguments = {"loss": loss, "metrics": metrics, **kwargs}
         self._local_student = LocalCopy(self.student, self._compile_arguments)
         build_optimizers(self)
-        self._follow_trainable()
-
-    def _follow_trainable(self) -> None:
-        """Makes another learner if other weights learn than when it was made."""
-        learner = self._learner
-        if learner is None:
-            return
-        learnt = {id(v) for v in learner.learns.trainable_variables}
-        if learnt == {id(v) for v in self.student.trainable_variables}:
-            return
-        self._forget_run()
-        if isinstance(learner, AnswerLearner):
-            kept = learner.replay_written(), learner.replay_pieces()
-            cast(AnswerLearner, self._make_learner()).set_replay(*kept)
+        self._run.follow_trainable()
 
     def get_compile_config(self) -> dict[str, Any]:
         """Returns the arguments of `compile`, serialised."""
@@ -363,7 +315,7 @@ class DPTranscriber(keras.Model):
                 which account for it.
         """
         del data
-        if not self._is_accounted:
+        if not self._run.is_accounted:
             raise RuntimeError(
                 "A step of its own is not accounted for. Call `fit` or "
                 "`train_on_batch`, with callbacks for what is to happen in between."
@@ -372,7 +324,7 @@ class DPTranscriber(keras.Model):
         if self.trains_generator:
             for _ in range(self.generator_updates):
                 logs["generator_loss"] = self._generator_learner.update()
-        logs.update(self._make_learner().step())
+        logs.update(self._run.make_learner().step())
         for name, value in logs.items():
             self._trackers[name].update_state(value)
         return self._reducible({n: self._trackers[n].result() for n in logs})
@@ -382,24 +334,6 @@ class DPTranscriber(keras.Model):
         if not self._has_other_workers:
             return logs
         return {name: tf.reshape(value, [1]) for name, value in logs.items()}
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Keras; each of several workers measures the whole set by itself."""
-        if not self._has_other_workers:
-            return super().evaluate(*args, **kwargs)
-        kwargs.pop("_use_cached_eval_dataset", None)
-        return self._local_student.run("evaluate", *args, **kwargs)
-
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Keras; each of several workers predicts by itself."""
-        if not self._has_other_workers:
-            return super().predict(*args, **kwargs)
-        return self._local_student.run("predict", *args, **kwargs)
-
-    def get_metrics_result(self) -> dict[str, Any]:
-        """The metrics of `evaluate`; those of training are `train_step`'s."""
-        results = super().get_metrics_result()
-        return {k: v for k, v in results.items() if k not in self._trackers}
 
     def draw_queries(self, count: tf.Tensor | int, seed: tf.Tensor) -> tf.Tensor:
         """Images to ask about: from the generator and the public prior.
@@ -421,29 +355,10 @@ class DPTranscriber(keras.Model):
         ]
         return tf.concat(parts, 0)
 
-    def answered_queries(self) -> tuple[np.ndarray, np.ndarray]:
-        """The queries that the replay keeps, and the answers released to them.
-
-        Returns:
-            uint8 codes `[n, *image_shape]`, 0 to 255 over the teacher's input range,
-            and released answers float32 `[n, classes]`; without queries that did not
-            reach a threshold. Of all workers; with several, all call it at once.
-
-        Raises:
-            ValueError: the mechanism releases no answers.
-
-        **Privacy**: covered by the statement, if the generator is.
-        """
-        learner = self._make_learner()
-        if not isinstance(learner, AnswerLearner):
-            expected = "a mechanism that releases answers"
-            raise _validate.invalid("mechanism", self.mechanism, expected)
-        codes, rows = learner.get_replay()
-        released = Released(rows[:, :, 0], rows[:, :, 1])
-        answered = released.answered.numpy()
-        return codes[answered], released.answers[answered]
-
-    # What it costs.
+    def make_train_function(self, force: bool = False) -> None:
+        """Wraps Keras' train function: every call is accounted before it runs."""
+        if self.train_function is None or force:
+            self.train_function = self._run.accounted(super().make_train_function)
 
     def fit(  # type: ignore[override]
         self,
@@ -505,15 +420,8 @@ class DPTranscriber(keras.Model):
         _validate.positive_int("epochs", epochs)
         _validate.positive_int("steps_per_epoch", steps_per_epoch)
         _validate.in_range("initial_epoch", initial_epoch, 0, epochs)
-        if not self.compiled:
-            raise ValueError("Call `compile` before `fit`.")
-        require_float32()
         check_no_data(data, kwargs)
-        compatibility.check_learns(self.student)
-        check_optimizers(self, self.optimizer, self.generator_optimizer)
-        if isinstance(self.teacher, Teacher) and not self.run_eagerly:
-            self.teacher.check_in_graph()
-        self._check_ledger()
+        self._run.check()
         validation = rehearse(
             self,
             callbacks=callbacks,
@@ -530,11 +438,11 @@ class DPTranscriber(keras.Model):
             steps_per_epoch=steps_per_epoch,
             steps_at_once=self.steps_per_execution,
         )
-        self._shows = verbose != 0
+        self._run.shows = verbose != 0
         with losing_no_worker(self.distribute_strategy):
-            self._prepare()
+            self._run.prepare()
             return super().fit(
-                self._steps(),
+                self._run.steps(),
                 epochs=epochs,
                 steps_per_epoch=steps_per_epoch,
                 callbacks=callbacks,
@@ -550,102 +458,46 @@ class DPTranscriber(keras.Model):
         names = {"epsilon", *self._trackers}
         return names if self.trains_generator else names - {"generator_loss"}
 
-    def _prepare(self) -> None:
-        """Builds everything that Keras would build from a batch of data."""
-        if self._was_loaded and isinstance(self.queries, QueryPool):
-            # Other queries than those of a run that went on from the same place.
-            self._renew_key()
-        self._was_loaded = False
-        self._make_learner().prepare()
-        build_measures(self)
-        self.reset_metrics()
-        if self._has_other_workers:
-            check_equal(self.distribute_strategy, self._shared_state())
+    # How the student is used.
 
-    def _renew_key(self) -> None:
-        """A new key of the noise, the first worker's on all of them."""
-        strategy = self.distribute_strategy
-        parts = [secret_bytes() for _ in own_replicas(strategy)]
-        self.noise.renew(gather_parts(strategy, parts)[0])
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras; each of several workers measures the whole set by itself."""
+        if not self._has_other_workers:
+            return super().evaluate(*args, **kwargs)
+        kwargs.pop("_use_cached_eval_dataset", None)
+        return self._local_student.run("evaluate", *args, **kwargs)
 
-    def _check_ledger(self) -> None:
-        """Refuses weights that went through more than the ledger knows.
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras; each of several workers predicts by itself."""
+        if not self._has_other_workers:
+            return super().predict(*args, **kwargs)
+        return self._local_student.run("predict", *args, **kwargs)
+
+    def get_metrics_result(self) -> dict[str, Any]:
+        """The metrics of `evaluate`; those of training are `train_step`'s."""
+        results = super().get_metrics_result()
+        return {k: v for k, v in results.items() if k not in self._trackers}
+
+    def answered_queries(self) -> tuple[np.ndarray, np.ndarray]:
+        """The queries that the replay keeps, and the answers released to them.
+
+        Returns:
+            uint8 codes `[n, *image_shape]`, 0 to 255 over the teacher's input range,
+            and released answers float32 `[n, classes]`; without queries that did not
+            reach a threshold. Of all workers; with several, all call it at once.
 
         Raises:
-            RuntimeError: they are another transcriber's, or came without its ledger.
+            ValueError: the mechanism releases no answers.
+
+        **Privacy**: covered by the statement, if the generator is.
         """
-        known = self.ledger.releases(self.mechanism.unit)
-        made = int(self.releases.numpy())
-        if made > known:
-            raise RuntimeError(
-                f"These weights have gone through {made} releases and the ledger knows "
-                f"of {known}: they were taken from another transcriber, without its "
-                "ledger. Load what `save_checkpoint` or `save_weights` wrote."
-            )
+        learner = self._run.make_learner()
+        if not isinstance(learner, AnswerLearner):
+            expected = "a mechanism that releases answers"
+            raise _validate.invalid("mechanism", self.mechanism, expected)
+        return learner.answered()
 
-    def _shared_state(self) -> dict[str, bytes]:
-        """What must be the same on all workers."""
-        state = {
-            "mechanism or queries": repr((self.mechanism, self.queries)).encode(),
-            "ledger": self.ledger.to_json().encode(),
-            "noise": b"".join(v.tobytes() for v in self.noise.state().values()),
-        }
-        for name in ("student", "teacher"):
-            weights = getattr(self, name).get_weights()
-            state[name] = b"".join(np.asarray(w).tobytes() for w in weights)
-        return state
-
-    def _make_learner(self) -> GradientLearner | AnswerLearner:
-        if self._learner is None:
-            with self.distribute_strategy.scope():
-                self._learner = make_learner(self)
-        return self._learner
-
-    def _steps(self) -> tf.data.Dataset:
-        """An endless run of step numbers, one row per replica."""
-        steps = tf.data.Dataset.counter().batch(self._num_replicas)
-        return steps.map(lambda rows: tf.ensure_shape(rows, [self._num_replicas]))
-
-    def make_train_function(self, force: bool = False) -> None:
-        """Wraps Keras' train function: every call is accounted before it runs."""
-        if self.train_function is not None and not force:
-            return
-        traced: dict[tuple[bool, int], Any] = {}
-
-        def accounted(iterator: Any) -> dict[str, Any]:
-            check_optimizers(self, self.optimizer, self.generator_optimizer)
-            learner, steps = self._make_learner(), self.steps_per_execution
-            needs_pool = self.budget.spend(steps)
-            self.releases.assign(self.ledger.releases(self.mechanism.unit))
-            if needs_pool:
-                self._fill_pool(cast(GradientLearner, learner))
-            self.stop_training |= self.budget.is_spent
-            # A traced function makes as many steps as were asked for at the time.
-            kind = learner.begin_steps(steps), steps
-            if kind not in traced:
-                traced[kind] = self._traced_train_function()
-                self.train_function = accounted
-            self._is_accounted = True
-            try:
-                logs = traced[kind](iterator)
-            finally:
-                self._is_accounted = False
-            return {**logs, "epsilon": self.budget.epsilon_shown}
-
-        self.train_function = accounted
-
-    def _fill_pool(self, learner: GradientLearner) -> None:
-        """New queries; a pool left half filled holds answers of the one before."""
-        try:
-            learner.renew_pool(show=self._shows)
-        except BaseException:
-            self.budget.close_pool()
-            raise
-
-    def _traced_train_function(self) -> Any:
-        """Keras' train function, not yet traced: it will hold what a step now does."""
-        super().make_train_function(force=True)
-        return self.train_function
+    # What is guaranteed.
 
     def privacy_statement(
         self, *, delta: float | None = None, accountant: str | None = None
@@ -663,7 +515,7 @@ class DPTranscriber(keras.Model):
         Raises:
             RuntimeError: the weights are another transcriber's, without its ledger.
         """
-        self._check_ledger()
+        compatibility.check_ledger(self)
         return own_statement(self, delta=delta, accountant=accountant)
 
     def privacy_statements(
@@ -694,47 +546,17 @@ class DPTranscriber(keras.Model):
         Raises:
             ValueError: the teacher is not a Keras model, so it has no config.
         """
-        serialize = keras.saving.serialize_keras_object
-        config = {name: getattr(self, name) for name in _PLAIN_ARGUMENTS}
-        for name in _SERIALIZED:
-            config[name] = serialize(getattr(self, name))
-        for name in ("mechanism", "queries", "objective"):
-            config[name] = config_of(getattr(self, name))
-        config["teacher"] = self.teacher.get_config()
-        return {**super().get_config(), **config}
+        return {**super().get_config(), **config_of_arguments(self)}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DPTranscriber:
         """Makes the transcriber that `get_config` described."""
-        config = dict(config)
-        for name in _SERIALIZED:
-            config[name] = keras.saving.deserialize_keras_object(config[name])
-        for name in ("mechanism", "queries", "objective"):
-            config[name] = made_from(config[name])
-        kind = TeacherEnsemble if "member" in config["teacher"] else Teacher
-        teacher = config["teacher"] = kind.from_config(config["teacher"])
-        # Fresh weights may equal the student's, which would be taken for a copy.
-        teacher.set_weights([np.zeros_like(w) for w in teacher.get_weights()])
-        return cls(**config)
+        return cls(**arguments_from(config))
 
     def save_own_variables(self, store: Any) -> None:
         """Writes ledger, pool count, replay and the teacher's weights."""
         super().save_own_variables(store)
-        store["ledger"] = as_bytes(self.ledger.to_json())
-        state = {
-            "pool_number": self.budget.pool_number,
-            "delta": self.budget.delta,
-            "accountant": self.budget.accountant,
-            "mechanism": self.mechanism.get_config(),
-            "seed": self.seed,
-        }
-        store["state"] = as_bytes(json.dumps(state))
-        for index, weight in enumerate(self.teacher.get_weights()):
-            store[f"teacher_{index}"] = weight
-        if isinstance(self._learner, AnswerLearner) and not self._leaves_out_replay:
-            store["written"] = self._learner.replay_written()
-            for index, (codes, released) in enumerate(self._learner.replay_pieces()):
-                store[f"codes_{index}"], store[f"released_{index}"] = codes, released
+        write_state(self, store)
 
     def load_own_variables(self, store: Any) -> None:
         """Reads what `save_own_variables` wrote.
@@ -742,40 +564,10 @@ class DPTranscriber(keras.Model):
         Raises:
             ValueError: it holds a replay in a form of before, which would be lost.
         """
-        if "replay_0" in store.keys():
-            raise ValueError(
-                "The file holds its replay as an earlier version of this library wrote "
-                "it, in one piece; expected pieces. Load it with that version, or "
-                "start anew."
-            )
+        check_state(store)
         own = len(self._trainable_variables) + len(self._non_trainable_variables)
         super().load_own_variables({str(i): store[str(i)] for i in range(own)})
-        state, budget = json.loads(as_text(store["state"])), self.budget
-        budget.resume(
-            Ledger.from_json(as_text(store["ledger"])),
-            type(self.mechanism).from_config(state["mechanism"]),
-            pool_number=state["pool_number"],
-        )
-        budget.delta, budget.accountant = state["delta"], state["accountant"]
-        self.noise.seed = state["seed"]
-        self._was_loaded = True
-        self._forget_run()
-        weights = list(numbered(store, "teacher"))
-        if weights:
-            self.teacher.set_weights(weights)
-        if "written" in store.keys():
-            pieces = zip(
-                numbered(store, "codes"), numbered(store, "released"), strict=True
-            )
-            learner = cast(AnswerLearner, self._make_learner())
-            learner.set_replay(np.asarray(store["written"]), pieces)
-
-    def _forget_run(self) -> None:
-        """Drops pool, budget and traced step: they belong to what was before."""
-        self._learner = None
-        self.budget.forget_run()
-        if self.train_function is not None:
-            self.make_train_function(force=True)
+        read_state(self, store)
 
     def __reduce__(self) -> Any:
         """What `copy` and `pickle` take: a checkpoint that goes on with its own noise.
@@ -820,26 +612,7 @@ class DPTranscriber(keras.Model):
             ValueError: the path ends otherwise or cannot be written, or the teacher is
                 no Keras model. What stood at `path` stays.
         """
-        _validate.instance_of("path", path, (str, os.PathLike))
-        check_checkpoint_path("path", os.fspath(path))
-        path = pathlib.Path(path)
-        if is_chief(self.distribute_strategy):
-            _validate.writable_dir("path", path.parent)
-            with replacing(path, secret=True) as partial:
-                self._save_by_disk(partial)
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                self.save(pathlib.Path(folder) / path.name)
-
-    def _save_by_disk(self, path: pathlib.Path) -> None:
-        """As `save`; a replay never is in memory a second time."""
-        self._leaves_out_replay = isinstance(self._learner, AnswerLearner)
-        try:
-            self.save(path, overwrite=True)
-        finally:
-            was_left_out, self._leaves_out_replay = self._leaves_out_replay, False
-        if was_left_out:
-            replace_weights(path, self)
+        write_checkpoint(self, path)
 
 
 def _with_own_noise(
@@ -847,7 +620,7 @@ def _with_own_noise(
 ) -> DPTranscriber:
     """A copy; the same noise under its sums and the original's would cancel."""
     transcriber = rebuild(*arguments)
-    transcriber._renew_key()
+    transcriber._run.renew_key()
     return transcriber
 
 
@@ -861,20 +634,4 @@ _FIXED = (
     "generator_covered",
     "generator_updates",
     "candidates_per_query",
-)
-_SERIALIZED = ("student", "second_student", "generator", "public_prior")
-_PLAIN_ARGUMENTS = (
-    "public_share",
-    "student_updates",
-    "generator_updates",
-    "generator_batch_size",
-    "replay_size",
-    "replay_batch_size",
-    "candidates_per_query",
-    "balance_classes",
-    "uniform_prior_queries",
-    "rests",
-    "generator_covered",
-    "schedule",
-    "seed",
 )

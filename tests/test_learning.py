@@ -102,9 +102,9 @@ def test_a_seed_repeats_the_noise_and_no_seed_never_does(kind):
 @pytest.mark.parametrize("kind", GRADIENTS[1:])
 def test_what_is_shown_carries_noise_of_the_same_scale(kind):
     model = silent(kind)
-    model._prepare()
+    model._run.prepare()
     unit = model.mechanism.statistics_norm / np.sqrt(2) * BATCH
-    agreement, loss = np.array([model._learner.update() for _ in range(100)]).T
+    agreement, loss = np.array([model._run.learner.update() for _ in range(100)]).T
     assert_deviation(
         np.concatenate([agreement * unit, loss * unit / MAX_LOSS]), SIGMA * NORM
     )
@@ -114,11 +114,11 @@ def test_what_is_shown_carries_noise_of_the_same_scale(kind):
 def test_noise_of_the_output_gradient_is_drawn_for_every_row():
     """The bias gets the sum of 64 rows, each with noise of its own."""
     model = silent(NormalizedOutputGradient)
-    model._prepare()
+    model._run.prepare()
     sums = []
     for _ in range(30):
         before = model.student.get_weights()
-        model._learner.update()
+        model._run.learner.update()
         after = model.student.get_weights()
         np.testing.assert_allclose(
             (after[0] - before[0]).sum(0), after[1] - before[1], atol=1e-4
@@ -138,7 +138,7 @@ def test_the_signal_is_there_beside_the_noise():
     (with_answers,), (without,) = steps(model, 1), steps(silent(), 1)
     difference = with_answers - without
     assert 0 < np.linalg.norm(difference) <= NORM
-    batch = model._learner._batch(tf.constant(0, tf.int64))
+    batch = model._run.learner._batch(tf.constant(0, tf.int64))
     fresh = tiny.linear_model(0, 0.1)
     release = model.mechanism.summed(fresh, batch, None)
     expected = -release.gradients[0].numpy().ravel() / BATCH
@@ -162,7 +162,7 @@ def test_without_noise_and_bound_an_update_is_the_plain_keras_step(queries):
         if isinstance(queries, QueryPool) and update == 0:
             number += 1  # the first was taken to fill the pool
         model.fit(epochs=1, steps_per_epoch=1, verbose=0)
-        batch = model._learner._batch(tf.constant(number, tf.int64))
+        batch = model._run.learner._batch(tf.constant(number, tf.int64))
         with tf.GradientTape() as tape:
             logits = plain(batch.queries)
             divergences = keras.losses.KLDivergence(reduction=None)(
@@ -186,7 +186,7 @@ def test_an_empty_poisson_batch_is_noised_and_counted():
         before = model.student.get_weights()[0]
         model.fit(epochs=1, steps_per_epoch=1, verbose=0)
         number = model.noise.counter - 1
-        if int(tf.reduce_sum(model._learner._batch(number).mask)) == 0:
+        if int(tf.reduce_sum(model._run.learner._batch(number).mask)) == 0:
             empty += 1
             moved = (model.student.get_weights()[0] - before).ravel()
             assert_deviation(moved, SIGMA * NORM)
@@ -213,7 +213,7 @@ def test_a_masked_row_contributes_nothing():
 
 def test_student_updates_ask_new_queries_every_time():
     model = silent(optimizer=keras.optimizers.SGD(0.0))
-    model._prepare()
+    model._run.prepare()
     asked = []
     draw = model.draw_queries
 
@@ -223,26 +223,26 @@ def test_student_updates_ask_new_queries_every_time():
 
     model.draw_queries = recorded
     for _ in range(10):
-        model._learner.update()
+        model._run.learner.update()
     assert len(set(asked)) == 10
 
 
 def test_two_pools_hold_different_queries():
     model = tiny.transcriber(queries=QueryPool(size=30, batch_size=10, updates=3))
-    model._prepare()
-    model._learner.renew_pool()
-    first = model._learner.pool.codes.numpy()
-    model._learner.renew_pool()
-    second = model._learner.pool.codes.numpy()
+    model._run.prepare()
+    model._run.learner.renew_pool()
+    first = model._run.learner.pool.codes.numpy()
+    model._run.learner.renew_pool()
+    second = model._run.learner.pool.codes.numpy()
     rows = [tuple(row.ravel()) for row in np.concatenate([first, second])]
     assert len(set(rows)) == 60
 
 
 def test_a_pools_answers_are_the_teachers_to_its_quantised_queries():
     model = tiny.transcriber(queries=QueryPool(size=30, batch_size=10, updates=3))
-    model._prepare()
-    model._learner.renew_pool()
-    pool = model._learner.pool
+    model._run.prepare()
+    model._run.learner.renew_pool()
+    pool = model._run.learner.pool
     images = dequantize(pool.codes.value(), (0.0, 1.0))
     np.testing.assert_allclose(
         pool.answers.numpy(), model.teacher.probabilities(images), atol=1e-6
@@ -285,13 +285,13 @@ def test_every_query_is_answered_once_and_never_again(mechanism):
 def test_learning_from_the_replay_leaves_ledger_and_replay_alone():
     model = tiny.transcriber(NoisyAnswer(noise_multiplier=1.0))
     model.fit(epochs=1, steps_per_epoch=2, verbose=0)
-    entries, replay = model.ledger.entries, model._learner.get_replay()
+    entries, replay = model.ledger.entries, model._run.learner.get_replay()
     before = tiny.flat_weights(model.student)
     for _ in range(5):
-        model._learner.update()
+        model._run.learner.update()
     assert not np.array_equal(before, tiny.flat_weights(model.student))
     assert model.ledger.entries == entries
-    for old, new in zip(replay, model._learner.get_replay(), strict=True):
+    for old, new in zip(replay, model._run.learner.get_replay(), strict=True):
         assert np.array_equal(old, new)
 
 
@@ -307,11 +307,11 @@ def test_a_frozen_front_is_computed_once_and_changes_nothing():
         return model
 
     split, whole = run(), run(second_student=tiny.linear_model(3))
-    assert split._learner.front is not None and whole._learner.front is None
-    codes, _ = split._learner.get_replay()
+    assert split._run.learner.front is not None and whole._run.learner.front is None
+    codes, _ = split._run.learner.get_replay()
     images = dequantize(tf.constant(codes[0]), (0.0, 1.0))
-    kept = split._learner.replay.features.numpy()[:48]
-    np.testing.assert_allclose(kept, split._learner.front(images), atol=2e-3)
+    kept = split._run.learner.replay.features.numpy()[:48]
+    np.testing.assert_allclose(kept, split._run.learner.front(images), atol=2e-3)
     np.testing.assert_allclose(
         tiny.flat_weights(split.student), tiny.flat_weights(whole.student), atol=2e-3
     )
@@ -338,21 +338,21 @@ def test_gradients_behind_a_frozen_front_are_those_of_the_whole_student(
     split = run()
     monkeypatch.setattr(learning, "split_frozen", lambda student: None)
     whole = run()
-    assert split._learner.front is not None and whole._learner.front is None
+    assert split._run.learner.front is not None and whole._run.learner.front is None
     np.testing.assert_allclose(
         tiny.flat_weights(split.student), tiny.flat_weights(whole.student), atol=2e-3
     )
-    if split._learner.pool is not None:
-        images = dequantize(whole._learner.pool.codes.value(), (0.0, 1.0))
-        kept = split._learner.pool.features.numpy()
-        np.testing.assert_allclose(kept, split._learner.front(images), atol=2e-3)
+    if split._run.learner.pool is not None:
+        images = dequantize(whole._run.learner.pool.codes.value(), (0.0, 1.0))
+        kept = split._run.learner.pool.features.numpy()
+        np.testing.assert_allclose(kept, split._run.learner.front(images), atol=2e-3)
 
 
 def test_the_replay_holds_released_answers_and_no_raw_ones():
     model = tiny.transcriber(RandomizedResponse(epsilon=0.5))
     model.fit(epochs=1, steps_per_epoch=4, verbose=0)
-    codes, released = model._learner.get_replay()
-    assert model._learner.replay_written()[0] == 64
+    codes, released = model._run.learner.get_replay()
+    assert model._run.learner.replay_written()[0] == 64
     labels = released[0, :, 0]
     assert np.all((labels == 0) | (labels == 1)) and np.all(labels.sum(-1) == 1)
     images = dequantize(tf.constant(codes[0]), (0.0, 1.0))
@@ -369,7 +369,7 @@ def test_the_prior_is_the_student_and_not_the_teacher():
         optimizer=keras.optimizers.SGD(0.0),
     )
     model.fit(epochs=1, steps_per_epoch=2, verbose=0)
-    codes, released = model._learner.get_replay()
+    codes, released = model._run.learner.get_replay()
     logits = model.student(dequantize(tf.constant(codes[0, :32]), (0.0, 1.0)))
     assert np.array_equal(released[0, :32, 1].argmax(-1), np.argmax(logits, -1))
 
@@ -389,7 +389,7 @@ def test_the_student_rests_while_so_many_queries_are_answered():
     moved = [not np.array_equal(a, b) for a, b in itertools.pairwise(weights)]
     assert moved == [False, True, True, False, True]
     assert sum(entry.count for entry in model.ledger.entries) == 5
-    assert model._learner.replay_written()[0] == 80
+    assert model._run.learner.replay_written()[0] == 80
     assert np.isfinite(history.history["student_loss"][0])
 
 
@@ -411,10 +411,10 @@ def test_the_replay_of_another_size_is_refused():
     small = tiny.transcriber(NoisyAnswer(noise_multiplier=1.0), replay_size=64)
     large = tiny.transcriber(NoisyAnswer(noise_multiplier=1.0), replay_size=128)
     tiny.fit(small, 5)  # 80 queries: the oldest of 64 are overwritten
-    large._prepare()
+    large._run.prepare()
     with pytest.raises(ValueError, match="replay_size"):
-        large._learner.set_replay(
-            small._learner.replay_written(), small._learner.replay_pieces()
+        large._run.learner.set_replay(
+            small._run.learner.replay_written(), small._run.learner.replay_pieces()
         )
 
 

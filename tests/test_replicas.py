@@ -93,20 +93,18 @@ for name, (mechanism, queries) in LEARNERS.items():
     history = model.fit(epochs=1, steps_per_epoch=3, verbose=0).history
     results[name] = summary(model, history)
     if name == "pool":
-        codes = parts(model._learner.pool.codes)
-        answers = parts(model._learner.pool.answers)
+        codes = parts(model._run.learner.pool.codes)
+        answers = parts(model._run.learner.pool.answers)
     if name == "answer":
-        replay = [parts(v) for v in model._learner.replay.variables()]
+        replay = [parts(v) for v in model._run.learner.replay.variables()]
         codes = replay[0]
         results[name]["written"] = [int(w) for w in replay[2]]
         model.save_checkpoint(sys.argv[1] + "/m.keras")
         with two_.scope():
             loaded = keras.saving.load_model(sys.argv[1] + "/m.keras")
+        replays = [m._run.learner.get_replay() for m in (loaded, model)]
         results[name]["loaded"] = all(
-            np.array_equal(a, b)
-            for a, b in zip(
-                loaded._learner.get_replay(), model._learner.get_replay(), strict=True
-            )
+            np.array_equal(a, b) for a, b in zip(*replays, strict=True)
         )
     if name in ("pool", "answer"):
         rows = [tuple(r.ravel()) for c in codes for r in c if r.any()]

@@ -128,7 +128,7 @@ def test_samples_of_answers_are_the_released_ones():
     mechanism = mechanisms.SelectiveRandomizedResponse()
     model = tiny.transcriber(mechanism)
     model.fit(epochs=1, steps_per_epoch=5, target_epsilon=8.0, verbose=0)
-    replay = model._learner.replay  # 64 rows, 80 written: 16 are overwritten
+    replay = model._run.learner.replay  # 64 rows, 80 written: 16 are overwritten
     samples = reporting.draw_samples(model, 20)
     rows = np.arange(60, 80) % 64
     np.testing.assert_allclose(

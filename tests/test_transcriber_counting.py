@@ -58,7 +58,7 @@ def test_a_pool_that_was_not_filled_is_never_used(monkeypatch):
     tf.config.run_functions_eagerly(True)
     try:
         fit(model, POOL.updates)
-        first = {row.tobytes() for row in model._learner.pool.codes.numpy()}
+        first = {row.tobytes() for row in model._run.learner.pool.codes.numpy()}
         fails.append(True)
         calls.clear()
         with pytest.raises(KeyboardInterrupt):
@@ -67,7 +67,7 @@ def test_a_pool_that_was_not_filled_is_never_used(monkeypatch):
         fit(model, 1)
     finally:
         tf.config.run_functions_eagerly(False)
-    now = {row.tobytes() for row in model._learner.pool.codes.numpy()}
+    now = {row.tobytes() for row in model._run.learner.pool.codes.numpy()}
     assert not first & now
     groups = {e.spend.group: e.count for e in model.ledger.entries}
     assert groups == {"pool 1": POOL.updates, "pool 2": 1, "pool 3": 1}

@@ -224,8 +224,8 @@ def test_a_query_that_misses_the_threshold_is_no_answer(ensemble, released):
     )
     shown = AgreementShown()
     fit(model, 3, callbacks=[shown])
-    rows = model._learner.replay.released.numpy()[:48]
-    images = model._learner.replay.codes.numpy()[:48]
+    rows = model._run.learner.replay.released.numpy()[:48]
+    images = model._run.learner.replay.codes.numpy()[:48]
     passed = ensemble.votes(images / np.float32(255)).numpy().max(-1) > 3.5
     assert 0 < passed.sum() < 48
     assert model.ledger.releases(Unit.RECORD) == 48

@@ -73,7 +73,7 @@ def test_resuming_equals_the_uninterrupted_run(mechanism, queries, done, tmp_pat
     fit(resumed, 3 - done)
     assert_same(resumed, whole)
     if not isinstance(mechanism, NormalizedGradient):
-        replays = [m._learner.get_replay() for m in (resumed, whole)]
+        replays = [m._run.learner.get_replay() for m in (resumed, whole)]
         for a, b in zip(*replays, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -83,13 +83,13 @@ def test_a_replay_is_saved_in_pieces_and_is_whole_again(answers, monkeypatch, tm
     monkeypatch.setattr(learning, "PIECE_BYTES", 1000)
     model = adam_model(RandomizedResponse(epsilon=1.0))
     fit(model, answers)
-    pieces = list(model._learner.replay_pieces())
+    pieces = list(model._run.learner.replay_pieces())
     assert len(pieces) > answers
     assert all(codes.nbytes + rows.nbytes <= 1000 for codes, rows in pieces)
     model.save_checkpoint(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     for kept, saved in zip(
-        loaded._learner.get_replay(), model._learner.get_replay(), strict=True
+        loaded._run.learner.get_replay(), model._run.learner.get_replay(), strict=True
     ):
         assert saved.shape[1] == 16 * answers and np.array_equal(kept, saved)
 
@@ -99,7 +99,7 @@ def test_a_replay_is_never_in_memory_a_second_time(monkeypatch, tmp_path):
     monkeypatch.setattr(learning, "PIECE_BYTES", 2**20)
     count = 2**18
     model = adam_model(RandomizedResponse(epsilon=1.0), replay_size=count)
-    learner = model._make_learner()
+    learner = model._run.make_learner()
     codes = np.arange(count * tiny.PIXELS).astype(np.uint8)
     codes = codes.reshape(1, count, *tiny.IMAGE)
     released = np.ones((1, count, 2, tiny.CLASSES), np.float32)
@@ -117,7 +117,7 @@ def test_a_replay_is_never_in_memory_a_second_time(monkeypatch, tmp_path):
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert not {shape for shape in whole if shape[:1] == (count,)}
     for kept, saved in zip(
-        loaded._learner.get_replay(), (codes, released), strict=True
+        loaded._run.learner.get_replay(), (codes, released), strict=True
     ):
         assert np.array_equal(kept, saved)
 
@@ -138,7 +138,7 @@ def test_every_file_of_a_model_holds_the_replay(how, weights_only, tmp_path):
         loaded = keras.saving.load_model(path)
     assert_same(loaded, model)
     for kept, saved in zip(
-        loaded._learner.get_replay(), model._learner.get_replay(), strict=True
+        loaded._run.learner.get_replay(), model._run.learner.get_replay(), strict=True
     ):
         assert len(saved[0]) == 32 and np.array_equal(kept, saved)
 
@@ -186,10 +186,10 @@ def test_features_of_a_frozen_front_are_computed_anew(weights_only, tmp_path):
         part.save_checkpoint(tmp_path / "part.keras")
         resumed = keras.saving.load_model(tmp_path / "part.keras")
     fit(resumed, 1)
-    assert resumed._learner.front is not None
+    assert resumed._run.learner.front is not None
     np.testing.assert_allclose(
-        resumed._learner.replay.features.numpy()[:48],
-        whole._learner.replay.features.numpy()[:48],
+        resumed._run.learner.replay.features.numpy()[:48],
+        whole._run.learner.replay.features.numpy()[:48],
         atol=2e-3,
     )
     assert_same(resumed, whole)
@@ -253,7 +253,7 @@ def test_raw_answers_are_in_no_checkpoint(tmp_path):
     fit(model, 2)
     path = tmp_path / "m.weights.h5"
     model.save_weights(path)
-    raw = model._learner.pool.answers.numpy()[:3].tobytes()
+    raw = model._run.learner.pool.answers.numpy()[:3].tobytes()
     content = path.read_bytes()
     assert raw[:40] not in content
     assert model.student.get_weights()[0].tobytes()[:40] in content
@@ -326,13 +326,13 @@ def test_a_save_that_is_cut_short_at_the_replay_leaves_the_old_file(
     model, path = adam_model(RandomizedResponse(epsilon=1.0)), tmp_path / "m.keras"
     fit(model)
     model.save_checkpoint(path)
-    old, pieces = path.read_bytes(), model._learner.replay_pieces
+    old, pieces = path.read_bytes(), model._run.learner.replay_pieces
 
     def crash():
         yield from pieces()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model._learner, "replay_pieces", crash)
+    monkeypatch.setattr(model._run.learner, "replay_pieces", crash)
     with pytest.raises(KeyboardInterrupt):
         model.save_checkpoint(path)
     assert path.read_bytes() == old

@@ -81,7 +81,7 @@ history = secret.fit(
     validation_batch_size=4,
 ).history
 results["secret"] = summary(secret, history)
-results["secret"]["rows"] = own_rows(secret._learner.pool.codes)
+results["secret"]["rows"] = own_rows(secret._run.learner.pool.codes)
 predicted = secret.predict(images, verbose=0).argmax(-1)
 assert np.array_equal(predicted, secret.student(images).numpy().argmax(-1))
 results["secret"]["val_accuracy"] = float((predicted == labels).mean())
@@ -90,13 +90,13 @@ with strategy.scope():
     answers = build(m.NoisyAnswer(noise_multiplier=2.0), rests=[(16, 32)])
 history = answers.fit(epochs=1, steps_per_epoch=3, verbose=0).history
 results["answers"] = summary(answers, history)
-results["answers"]["rows"] = own_rows(answers._learner.replay.codes)
+results["answers"]["rows"] = own_rows(answers._run.learner.replay.codes)
 answers.save_checkpoint(folder / "m.keras")
 history = answers.fit(epochs=1, steps_per_epoch=2, verbose=0).history
 workers.gather_parts(strategy, [np.zeros(1, np.float32)])  # both have saved
 with strategy.scope():
     loaded = keras.saving.load_model(folder / "m.keras")
-results["loaded rows"] = own_rows(loaded._learner.replay.codes)
+results["loaded rows"] = own_rows(loaded._run.learner.replay.codes)
 loaded.fit(epochs=1, steps_per_epoch=2, verbose=0)
 results["resumed as uninterrupted"] = (
     digest(loaded.student.get_weights()) == digest(answers.student.get_weights())

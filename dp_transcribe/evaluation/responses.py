@@ -220,7 +220,7 @@ class _AuditedRun(keras.callbacks.Callback):
 
     def _answers(self) -> np.ndarray:
         """How far all that is stored for each canary points to its class."""
-        learner = self.transcriber._learner
+        learner = self.transcriber._run.learner
         if not isinstance(learner, AnswerLearner):
             raise TypeError(f"No released answers are known of {learner!r}.")
         released = learner.replay.released.numpy()[: self.coins.size].sum(axis=1)
