@@ -8,7 +8,6 @@ dpt.export_student(transcriber, "served/1")
 """
 
 from dp_transcribe._version import __version__
-from dp_transcribe.budget import BudgetExceededError
 from dp_transcribe.ensembles import TeacherEnsemble
 from dp_transcribe.export import export_generator, export_student
 from dp_transcribe.losses import GeneratorObjective
@@ -45,6 +44,7 @@ from dp_transcribe.shards import train_shard_teachers
 from dp_transcribe.students import replace_batch_norm
 from dp_transcribe.teachers import Teacher, load_teacher
 from dp_transcribe.transcriber import DPTranscriber
+from dp_transcribe.transcriber.budget import BudgetExceededError
 from dp_transcribe.wavelets import wavelet_student
 
 __all__ = [

@@ -15,7 +15,6 @@ from typing import Any
 import keras
 
 from dp_transcribe import _validate
-from dp_transcribe.compatibility import check_can_learn, check_queries, check_source
 from dp_transcribe.ensembles import TeacherEnsemble
 from dp_transcribe.generators.base import ProceduralGenerator
 from dp_transcribe.generators.conv_generator import ConvGenerator
@@ -34,6 +33,11 @@ from dp_transcribe.privacy.inheritance import check_inheritable
 from dp_transcribe.queries import FreshQueries, Queries, QueryPool
 from dp_transcribe.teachers import Teacher, as_teacher
 from dp_transcribe.transcriber import DPTranscriber
+from dp_transcribe.transcriber.compatibility import (
+    check_can_learn,
+    check_queries,
+    check_source,
+)
 from dp_transcribe.wavelets import wavelet_student, whitening_images
 
 # A generator is pretrained on the prior by so many updates.

@@ -17,11 +17,11 @@ import tensorflow as tf
 
 from dp_transcribe import _validate
 from dp_transcribe._files import replacing
-from dp_transcribe.learning import AnswerLearner
 from dp_transcribe.mechanisms.base import AnswerMechanism, Released
 from dp_transcribe.privacy.units import Unit
 from dp_transcribe.queries import Replay, dequantize
 from dp_transcribe.transcriber import DPTranscriber
+from dp_transcribe.transcriber.answer_learning import AnswerLearner
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

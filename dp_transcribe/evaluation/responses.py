@@ -20,12 +20,12 @@ from dp_transcribe.evaluation.canaries import (
     flip_coins,
 )
 from dp_transcribe.generators.base import Draws, ProceduralGenerator
-from dp_transcribe.learning import AnswerLearner
 from dp_transcribe.mechanisms.base import AnswerMechanism, Mechanism
 from dp_transcribe.privacy.units import Relation
 from dp_transcribe.queries import CHUNK, FreshQueries, Queries, QueryPool
 from dp_transcribe.teachers import Teacher
 from dp_transcribe.transcriber import DPTranscriber
+from dp_transcribe.transcriber.answer_learning import AnswerLearner
 
 _CLASSES = 10
 # What canaries answer; not neighbours, since sets of classes favour low numbers.

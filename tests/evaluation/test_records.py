@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dp_transcribe import learning, shards
+from dp_transcribe import shards
 from dp_transcribe.distillation import (
     KIPTraining,
     LinearTraining,
@@ -25,7 +25,6 @@ from dp_transcribe.evaluation import (
     audit_private_teacher,
     audit_votes,
 )
-from dp_transcribe.learning import GradientLearner
 from dp_transcribe.mechanisms import (
     EnsembleGradient,
     NoisyVotes,
@@ -36,6 +35,8 @@ from dp_transcribe.mechanisms import (
 from dp_transcribe.mechanisms.noise import NoiseSource
 from dp_transcribe.privacy import Unit
 from dp_transcribe.private_teachers import PrivateTraining, descent
+from dp_transcribe.transcriber import gradient_learning
+from dp_transcribe.transcriber.gradient_learning import GradientLearner
 
 SAMPLED = LinearTraining(
     steps=20,
@@ -64,7 +65,7 @@ GRADIENT = EnsembleGradient(num_teachers=4096, l2_norm=0.1)
 
 def scale_noise(monkeypatch, factor):
     drawn = noise.standard_normal
-    for module in (noise, noisy_votes, learning):
+    for module in (noise, noisy_votes, gradient_learning):
         monkeypatch.setattr(module, "standard_normal", lambda *a: factor * drawn(*a))
 
 

@@ -3,9 +3,7 @@
 import pytest
 import tensorflow as tf
 
-from dp_transcribe import learning
 from dp_transcribe.evaluation import audit_responses
-from dp_transcribe.learning import AnswerLearner
 from dp_transcribe.mechanisms import (
     ClippedGradient,
     NoisyAnswer,
@@ -22,6 +20,8 @@ from dp_transcribe.mechanisms.clipping.bound import Bound
 from dp_transcribe.mechanisms.noise import NoiseSource
 from dp_transcribe.privacy import Unit
 from dp_transcribe.queries import FreshQueries, QueryPool, dequantize
+from dp_transcribe.transcriber import gradient_learning
+from dp_transcribe.transcriber.answer_learning import AnswerLearner
 
 POOL = QueryPool(size=500, batch_size=50, updates=30)
 AUDITED = {
@@ -94,7 +94,7 @@ def weak_noise(monkeypatch):
 
 def scale_noise(monkeypatch, factor):
     drawn = noise.standard_normal
-    for module in (learning, noise, noisy_answer):
+    for module in (gradient_learning, noise, noisy_answer):
         monkeypatch.setattr(module, "standard_normal", lambda *a: factor * drawn(*a))
 
 

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
-from dp_transcribe.learning import as_int32, dense, replica_index
 from dp_transcribe.mechanisms.inherited import Inherited
 from dp_transcribe.mechanisms.noise import QUERIES
 from dp_transcribe.students import last_features
+from dp_transcribe.transcriber.replicas import as_int32, dense, replica_index
 
 if TYPE_CHECKING:
-    from dp_transcribe.transcriber import DPTranscriber
+    from dp_transcribe.transcriber.model import DPTranscriber
 
 
 class GeneratorLearner:

@@ -10,20 +10,26 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dp_transcribe import _validate, compatibility
-from dp_transcribe.budget import DEFAULT_DELTA, Budget
-from dp_transcribe.generator_learning import GeneratorLearner
-from dp_transcribe.learning import AnswerLearner
+from dp_transcribe import _validate
 from dp_transcribe.losses.objective import GeneratorObjective
 from dp_transcribe.mechanisms.base import Mechanism
 from dp_transcribe.mechanisms.noise import NoiseSource
-from dp_transcribe.optimizers import build_optimizers, check_optimizers
 from dp_transcribe.privacy.ledger import Ledger
 from dp_transcribe.privacy.statement import PrivacyStatement
 from dp_transcribe.queries import FreshQueries, Queries
-from dp_transcribe.rehearsal import check_checkpoint_path, check_no_data, rehearse
-from dp_transcribe.run import Run
-from dp_transcribe.saving import (
+from dp_transcribe.teachers import Teacher, as_teacher
+from dp_transcribe.transcriber import compatibility
+from dp_transcribe.transcriber.answer_learning import AnswerLearner
+from dp_transcribe.transcriber.budget import DEFAULT_DELTA, Budget
+from dp_transcribe.transcriber.generator_learning import GeneratorLearner
+from dp_transcribe.transcriber.optimizers import build_optimizers, check_optimizers
+from dp_transcribe.transcriber.rehearsal import (
+    check_checkpoint_path,
+    check_no_data,
+    rehearse,
+)
+from dp_transcribe.transcriber.run import Run
+from dp_transcribe.transcriber.saving import (
     arguments_from,
     check_state,
     config_of_arguments,
@@ -31,8 +37,7 @@ from dp_transcribe.saving import (
     write_checkpoint,
     write_state,
 )
-from dp_transcribe.statements import inherited_beside, own_statement
-from dp_transcribe.teachers import Teacher, as_teacher
+from dp_transcribe.transcriber.statements import inherited_beside, own_statement
 from dp_transcribe.workers import LocalCopy, has_other_workers, losing_no_worker
 
 

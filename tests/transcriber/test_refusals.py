@@ -6,7 +6,6 @@ import pytest
 import tensorflow as tf
 
 import dp_transcribe as dpt
-from dp_transcribe.compatibility import check_queries
 from dp_transcribe.generators import MLPGenerator
 from dp_transcribe.guidance import pretrain_by_teacher
 from dp_transcribe.mechanisms import (
@@ -19,6 +18,7 @@ from dp_transcribe.mechanisms import (
 from dp_transcribe.mechanisms.clipping import PlaceError, RowMixingError
 from dp_transcribe.privacy.units import Unit
 from dp_transcribe.queries import FreshQueries, QueryPool
+from dp_transcribe.transcriber.compatibility import check_queries
 from tests import tiny
 from tests.tiny import POOL, Watch, epsilon, fit, releases
 

@@ -72,7 +72,7 @@ print(json.dumps(results))
 
 @pytest.fixture(scope="module")
 def results():
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         cwd=root,

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import dp_transcribe as dpt
-from dp_transcribe import learning
 from dp_transcribe.generators import MLPGenerator
 from dp_transcribe.mechanisms import (
     ClippedGradient,
@@ -19,6 +18,7 @@ from dp_transcribe.mechanisms import (
     SelectiveRandomizedResponse,
 )
 from dp_transcribe.queries import FreshQueries
+from dp_transcribe.transcriber import answer_learning
 from tests import tiny
 from tests.tiny import POOL, fit, releases
 
@@ -80,7 +80,7 @@ def test_resuming_equals_the_uninterrupted_run(mechanism, queries, done, tmp_pat
 
 @pytest.mark.parametrize("answers", [1, 2])
 def test_a_replay_is_saved_in_pieces_and_is_whole_again(answers, monkeypatch, tmp_path):
-    monkeypatch.setattr(learning, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(answer_learning, "PIECE_BYTES", 1000)
     model = adam_model(RandomizedResponse(epsilon=1.0))
     fit(model, answers)
     pieces = list(model._run.learner.replay_pieces())
@@ -96,7 +96,7 @@ def test_a_replay_is_saved_in_pieces_and_is_whole_again(answers, monkeypatch, tm
 
 def test_a_replay_is_never_in_memory_a_second_time(monkeypatch, tmp_path):
     """What saving allocates are pieces; a replay of 37 MB would show."""
-    monkeypatch.setattr(learning, "PIECE_BYTES", 2**20)
+    monkeypatch.setattr(answer_learning, "PIECE_BYTES", 2**20)
     count = 2**18
     model = adam_model(RandomizedResponse(epsilon=1.0), replay_size=count)
     learner = model._run.make_learner()

@@ -10,7 +10,7 @@ import keras
 from dp_transcribe import _validate
 
 if TYPE_CHECKING:
-    from dp_transcribe.transcriber import DPTranscriber
+    from dp_transcribe.transcriber.model import DPTranscriber
 
 
 def check_optimizers(owner: DPTranscriber, student: Any, generator: Any) -> None:

@@ -24,7 +24,7 @@ from dp_transcribe.students import check_student
 from dp_transcribe.teachers import Teacher
 
 if TYPE_CHECKING:
-    from dp_transcribe.transcriber import DPTranscriber
+    from dp_transcribe.transcriber.model import DPTranscriber
 
 
 def check_parts(owner: DPTranscriber) -> None:

@@ -9,8 +9,6 @@ import pytest
 import tensorflow as tf
 from scipy import stats
 
-from dp_transcribe import learning
-from dp_transcribe.learning import make_learner
 from dp_transcribe.mechanisms import (
     ClippedGradient,
     NoisyAnswer,
@@ -22,6 +20,8 @@ from dp_transcribe.mechanisms import (
 from dp_transcribe.mechanisms.base import MAX_LOSS
 from dp_transcribe.mechanisms.noise import QUERIES, SAMPLING
 from dp_transcribe.queries import FreshQueries, QueryPool, dequantize
+from dp_transcribe.transcriber import learning
+from dp_transcribe.transcriber.run import learner_for
 from tests import tiny
 
 SIGMA, NORM, BATCH = 1.8, 0.7, 64
@@ -420,4 +420,4 @@ def test_the_replay_of_another_size_is_refused():
 
 def test_a_mechanism_nobody_can_learn_from_is_refused():
     with pytest.raises(TypeError, match="No way to learn"):
-        make_learner(types.SimpleNamespace(mechanism=object()))
+        learner_for(types.SimpleNamespace(mechanism=object()))

@@ -220,7 +220,7 @@ print(json.dumps(results))
 
 def printed_by(program, folder):
     """What a program prints last, which begins with `START`."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-c", START + program, str(folder)],

@@ -6,13 +6,13 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from dp_transcribe import _validate
-from dp_transcribe.compatibility import guided_by_another
 from dp_transcribe.mechanisms.inherited import Inherited
 from dp_transcribe.privacy.inheritance import inherit
 from dp_transcribe.privacy.statement import PrivacyStatement, statement_from_ledger
+from dp_transcribe.transcriber.compatibility import guided_by_another
 
 if TYPE_CHECKING:
-    from dp_transcribe.transcriber import DPTranscriber
+    from dp_transcribe.transcriber.model import DPTranscriber
 
 _CHECKPOINTS = "checkpoints (they hold keys)"
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dp_transcribe import rehearsal
 from dp_transcribe.mechanisms import NormalizedGradient
 from dp_transcribe.teachers import Teacher
+from dp_transcribe.transcriber import rehearsal
 from tests import tiny
 from tests.tiny import fit
 

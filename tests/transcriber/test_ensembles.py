@@ -10,7 +10,6 @@ import pytest
 import tensorflow as tf
 
 from dp_transcribe import reporting
-from dp_transcribe.budget import BudgetExceededError
 from dp_transcribe.ensembles import TeacherEnsemble
 from dp_transcribe.mechanisms import EnsembleGradient, NoisyVotes, NormalizedGradient
 from dp_transcribe.privacy.ledger import Ledger
@@ -18,6 +17,7 @@ from dp_transcribe.privacy.statement import statement_from_ledger
 from dp_transcribe.privacy.units import Relation, Unit
 from dp_transcribe.queries import FreshQueries, uncertain_rows
 from dp_transcribe.shards import RidgeFit, train_shard_teachers
+from dp_transcribe.transcriber.budget import BudgetExceededError
 from tests import tiny
 from tests.tiny import fit
 

@@ -20,7 +20,7 @@ from dp_transcribe import _validate
 from dp_transcribe.teachers import Teacher
 
 if TYPE_CHECKING:
-    from dp_transcribe.transcriber import DPTranscriber
+    from dp_transcribe.transcriber.model import DPTranscriber
 
 # Images of which pixels are compared together.
 _ROWS = 1000

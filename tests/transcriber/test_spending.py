@@ -4,7 +4,6 @@ import dp_accounting
 import numpy as np
 import pytest
 
-from dp_transcribe.learning import GradientLearner
 from dp_transcribe.mechanisms import (
     ClippedGradient,
     NoisyAnswer,
@@ -15,6 +14,7 @@ from dp_transcribe.mechanisms import (
 )
 from dp_transcribe.privacy.units import Unit
 from dp_transcribe.queries import QueryPool
+from dp_transcribe.transcriber.gradient_learning import GradientLearner
 from tests import tiny
 from tests.tiny import POOL, Watch, epsilon, fit, releases
 

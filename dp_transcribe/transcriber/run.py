@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import tensorflow as tf
 
-from dp_transcribe.compatibility import check_learns, check_ledger
-from dp_transcribe.learning import AnswerLearner, GradientLearner, make_learner
+from dp_transcribe.mechanisms.base import AnswerMechanism, GradientMechanism
 from dp_transcribe.mechanisms.noise import secret_bytes
-from dp_transcribe.optimizers import check_optimizers
 from dp_transcribe.precision import require_float32
 from dp_transcribe.queries import QueryPool
-from dp_transcribe.rehearsal import build_measures
 from dp_transcribe.teachers import Teacher
+from dp_transcribe.transcriber.answer_learning import AnswerLearner
+from dp_transcribe.transcriber.compatibility import check_learns, check_ledger
+from dp_transcribe.transcriber.gradient_learning import GradientLearner
+from dp_transcribe.transcriber.optimizers import check_optimizers
+from dp_transcribe.transcriber.rehearsal import build_measures
 from dp_transcribe.workers import (
     check_equal,
     gather_parts,
@@ -27,7 +29,7 @@ from dp_transcribe.workers import (
 )
 
 if TYPE_CHECKING:
-    from dp_transcribe.transcriber import DPTranscriber
+    from dp_transcribe.transcriber.model import DPTranscriber
 
 
 class Run:
@@ -53,7 +55,7 @@ class Run:
         """The learner, made if there is none."""
         if self.learner is None:
             with self.owner.distribute_strategy.scope():
-                self.learner = make_learner(self.owner)
+                self.learner = learner_for(self.owner)
         return self.learner
 
     def check(self) -> None:
@@ -177,3 +179,12 @@ def _shared_state(owner: DPTranscriber) -> dict[str, bytes]:
         weights = getattr(owner, name).get_weights()
         state[name] = b"".join(np.asarray(w).tobytes() for w in weights)
     return state
+
+
+def learner_for(owner: DPTranscriber) -> GradientLearner | AnswerLearner:
+    """The learner that fits the transcriber's mechanism."""
+    if isinstance(owner.mechanism, AnswerMechanism):
+        return AnswerLearner(owner)
+    if isinstance(owner.mechanism, GradientMechanism):
+        return GradientLearner(owner)
+    raise TypeError(f"No way to learn from {owner.mechanism!r} is known.")

@@ -17,7 +17,6 @@ import numpy as np
 from dp_transcribe import _validate
 from dp_transcribe._files import replacing
 from dp_transcribe.ensembles import TeacherEnsemble
-from dp_transcribe.learning import AnswerLearner
 from dp_transcribe.losses.objective import GeneratorObjective
 from dp_transcribe.mechanisms.base import Mechanism
 from dp_transcribe.mechanisms.ensemble_gradient import EnsembleGradient
@@ -32,12 +31,13 @@ from dp_transcribe.mechanisms.randomized_response import (
 from dp_transcribe.mechanisms.weight_gradient import ClippedGradient, NormalizedGradient
 from dp_transcribe.privacy.ledger import Ledger
 from dp_transcribe.queries import FreshQueries, QueryPool
-from dp_transcribe.rehearsal import check_checkpoint_path
 from dp_transcribe.teachers import Teacher
+from dp_transcribe.transcriber.answer_learning import AnswerLearner
+from dp_transcribe.transcriber.rehearsal import check_checkpoint_path
 from dp_transcribe.workers import is_chief
 
 if TYPE_CHECKING:
-    from dp_transcribe.transcriber import DPTranscriber
+    from dp_transcribe.transcriber.model import DPTranscriber
 
 _PLAIN = (
     "public_share",
