@@ -65,7 +65,11 @@ def _check_inputs(name: str, source: Any) -> None:
 def _two_draws(source: Any) -> np.ndarray:
     """Images by two seeds from one graph, float `[2 * rows, *image_shape]`."""
     source.sample(1, tf.constant(_SEEDS[0], tf.int32))  # weights are made outside
-    draw = tf.function(lambda n, seed: source.sample(n, seed), autograph=False)
+    # A concrete function, since TensorFlow takes the tries of several sources for one
+    # function that is traced again and again, and warns.
+    draw = tf.function(
+        lambda n, seed: source.sample(n, seed), autograph=False
+    ).get_concrete_function(tf.TensorSpec([], tf.int32), tf.TensorSpec([2], tf.int32))
     count = tf.constant(_ROWS)
     parts = [draw(count, tf.constant(seed, tf.int32)) for seed in _SEEDS]
     return tf.concat([tf.cast(part, tf.float32) for part in parts], 0).numpy()
