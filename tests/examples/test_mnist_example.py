@@ -503,12 +503,12 @@ def test_a_resumed_run_goes_on_where_it_was(finished, copied):
 def test_ctrl_c_leaves_a_usable_state_and_resume_goes_on(config):
     asked = config(method="dpsd_label", epochs=100_000)
     process = start(*flags_of(asked))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (asked.folder / "checkpoint.json").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=240)
     assert process.returncode == programs.EXIT_INTERRUPTED, errors
     assert "Traceback" not in errors
     assert "--resume" in output and "does NOT protect a" in output
@@ -549,7 +549,7 @@ def test_ctrl_c_before_the_first_step_releases_nothing(config, monkeypatch):
 )
 def test_the_command_line_refuses_without_a_traceback(arguments, said):
     process = start(*arguments)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=240)
     assert process.returncode == programs.EXIT_REFUSED
     assert said in errors
     assert "Traceback" not in errors and output == ""
@@ -560,7 +560,7 @@ def test_the_command_line_refuses_without_a_traceback(arguments, said):
 def test_the_program_ends_well_with_every_method(config, method):
     asked = config(method=method)
     process = start(*flags_of(asked))
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     assert names_in(asked.folder) == FILES | KEPT
     assert str(asked.folder / "student" / "1") in output
