@@ -1,6 +1,7 @@
 """Distils a private data set into a few images that may be released.
 
     python examples/distill.py --dataset=mnist --epsilon=1
+    python examples/distill.py --epsilon=1 --resume --images_per_class=50
     python examples/distill.py --validate --learning_rate=20
 
 writes report.json, statement.txt, distilled.npz, statement.json and images.png. The
@@ -8,12 +9,19 @@ guarantee is for people: unit RECORD. Route `linear` makes images for kernel rid
 regression, `means` makes images for networks to learn from, `dpkip` is the published
 method. With --validate, the last training images take the place of the test images:
 settings are to be chosen that way.
+
+What the routes `linear` and `means` release is kept in released.npz as soon as it is
+paid for. With --resume images are made of that, as many as are wanted, at no further
+cost; no private image has a part in them. DP-KIP cannot go on: when it is interrupted,
+the images as they are then are the result.
 """
 
 import dataclasses
 import functools
+import json
 import logging
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -31,12 +39,14 @@ from dp_transcribe._files import digest_of, discard, replacing
 from dp_transcribe.data import DATASETS, PRIOR_DOMAINS, ImageDataset, load_dataset
 from dp_transcribe.distillation import (
     DPKIP,
+    ClassMeans,
     Distillation,
     DistilledDataset,
     InterceptKernel,
     Kernel,
     KernelRidgeClassifier,
     KIPTraining,
+    LinearRelease,
     MeanMatching,
     MirroredKernel,
     NTKKernel,
@@ -46,11 +56,14 @@ from dp_transcribe.distillation import (
     distill,
     distill_means,
     embed_in_batches,
+    images_of_means,
+    images_of_model,
     kernel_for_domain,
 )
+from dp_transcribe.distillation.kept import RELEASED
 from dp_transcribe.generators import Mixture
 from dp_transcribe.generators.priors import default_prior
-from dp_transcribe.programs import parse_flags, refuse
+from dp_transcribe.programs import EXIT_INTERRUPTED, parse_flags, refuse
 from dp_transcribe.students import conv_student
 
 _LOGGER = logging.getLogger(__name__)
@@ -73,7 +86,13 @@ OF_ROUTES = {
     "damping_rank": ("linear", "means"),
     "cache_dir": ("linear", "dpkip"),
 }
-REPORT, PICTURE = "report.json", "images.png"
+# What a release depends on, so that it is with --resume as it was.
+OF_ANY_RELEASE = ("dataset", "route", "epsilon", "delta", "validate", "l2_norm", "seed")
+OF_RELEASE = {
+    "linear": (*OF_ANY_RELEASE, "steps", "learning_rate", "damping_rank"),
+    "means": OF_ANY_RELEASE,  # whose steps are on the images
+}
+REPORT, PICTURE, RUN = "report.json", "images.png", "run.json"
 HELD_OUT = 10_000
 # A taught ConvNet asks so many batches of queries in an epoch.
 TAUGHT_STEPS = 10
@@ -154,6 +173,10 @@ def check_flags() -> None:
         if getattr(FLAGS, name) is not None and FLAGS.route not in routes:
             expected = f"None but for the route {' or '.join(routes)}"
             raise _validate.invalid(name, getattr(FLAGS, name), expected)
+    if FLAGS.resume and FLAGS.route == "dpkip":
+        mend = "Its images are what is released; begin anew, which costs anew."
+        expected = "False for the route dpkip"
+        raise _validate.invalid("resume", FLAGS.resume, expected, mend)
     if FLAGS.taught_epochs and FLAGS.kernel != "scattering":
         mend = "Only ridge regression on scattering features is made a teacher of."
         expected = "0 without the scattering kernel"
@@ -194,14 +217,45 @@ def settings(dataset: ImageDataset) -> Distillation:
     )
 
 
+def check_resumed(folder: Path) -> None:
+    """Refuses to go on with a release of another run.
+
+    Raises:
+        ValueError: there is none, or flags that it depends on are others.
+    """
+    try:
+        kept = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        expected = f"a folder with {RUN} and released.npz"
+        mend = "Without --resume a new run begins, which costs anew."
+        raise _validate.invalid("resume", str(folder), expected, mend) from error
+    for name in OF_RELEASE[FLAGS.route]:
+        if kept.get(name) != getattr(FLAGS, name):
+            expected = f"{kept.get(name)!r}, as in the run that is resumed"
+            raise _validate.invalid(name, getattr(FLAGS, name), expected)
+
+
+def keep(folder: Path, released: LinearRelease | ClassMeans) -> None:
+    """Keeps what is paid for before anything is made of it."""
+    discard(folder, [RUN])
+    released.save(folder)
+    names = OF_RELEASE[FLAGS.route]
+    reporting.write_json(folder / RUN, {name: getattr(FLAGS, name) for name in names})
+
+
 def by_linear_model(
-    dataset: ImageDataset,
-    kernel: InterceptKernel,
-    cache_dir: str | None,
-    watch: Stopwatch,
+    dataset: ImageDataset, kernel: InterceptKernel, folder: Path, watch: Stopwatch
 ) -> DistilledDataset:
     """Through a private linear model; the images are made from it at no cost."""
-    features = private_features(dataset, kernel.kernel, cache_dir)
+    if FLAGS.resume:
+        return images_of_model(
+            LinearRelease.load(folder),
+            kernel,
+            public_source(dataset),
+            settings=settings(dataset).synthesis,
+            seed=FLAGS.seed,
+        )
+    features = private_features(dataset, kernel.kernel, FLAGS.cache_dir)
     watch.lap("features")
     return distill(
         dataset.train_images,
@@ -213,16 +267,24 @@ def by_linear_model(
         delta=FLAGS.delta,
         settings=settings(dataset),
         features=features,
+        on_release=functools.partial(keep, folder),
         seed=FLAGS.seed,
     )[0]
 
 
 def by_means(
-    dataset: ImageDataset, kernel: Kernel, cache_dir: str | None, watch: Stopwatch
+    dataset: ImageDataset, kernel: Kernel, folder: Path, watch: Stopwatch
 ) -> DistilledDataset:
     """By the class means in random ConvNets, which no other kernel has a part in."""
-    del kernel, cache_dir, watch
-    plan = MeanMatching(images_per_class=FLAGS.images_per_class)
+    del kernel, watch
+    plan = asked_for(MeanMatching(images_per_class=FLAGS.images_per_class))
+    if FLAGS.resume:
+        return images_of_means(
+            ClassMeans.load(folder),
+            public_source(dataset),
+            settings=plan,
+            seed=FLAGS.seed,
+        )
     return distill_means(
         dataset.train_images,
         dataset.train_labels,
@@ -230,13 +292,14 @@ def by_means(
         source=public_source(dataset),
         target_epsilon=FLAGS.epsilon,
         delta=FLAGS.delta,
-        settings=asked_for(plan),
+        settings=plan,
+        on_release=functools.partial(keep, folder),
         seed=FLAGS.seed,
     )
 
 
 def by_dpkip(
-    dataset: ImageDataset, kernel: Kernel, cache_dir: str | None, watch: Stopwatch
+    dataset: ImageDataset, kernel: Kernel, folder: Path, watch: Stopwatch
 ) -> DistilledDataset:
     """DP-KIP from public images of no class in particular."""
     count = FLAGS.images_per_class * dataset.num_classes
@@ -244,15 +307,24 @@ def by_dpkip(
     initial = source.sample(count, tf.constant([(FLAGS.seed or 0) % 2**31, 0])).numpy()
     plan = asked_for(KIPTraining())
     model = DPKIP(kernel, initial, dataset.num_classes, plan, seed=FLAGS.seed)
-    features = private_features(dataset, kernel, cache_dir)
+    features = private_features(dataset, kernel, FLAGS.cache_dir)
     watch.lap("features")
-    model.fit(
-        dataset.train_images,
-        dataset.train_labels,
-        target_epsilon=FLAGS.epsilon,
-        delta=FLAGS.delta,
-        embedded=features,
-    )
+    try:
+        model.fit(
+            dataset.train_images,
+            dataset.train_labels,
+            target_epsilon=FLAGS.epsilon,
+            delta=FLAGS.delta,
+            embedded=features,
+        )
+    except KeyboardInterrupt:
+        if not model.ledger.entries:
+            raise
+        _LOGGER.warning(
+            "Interrupted. The images as they are now are the result; a further run "
+            "would cost anew."
+        )
+    discard(folder, (RUN, RELEASED.arrays, RELEASED.statement))  # an older run's
     return model.distilled()
 
 
@@ -362,13 +434,19 @@ def run() -> dict[str, Any]:
     if FLAGS.validate:
         dataset = hold_out(dataset)
     kernel = make_kernel(dataset)
-    distilled = BY_ROUTE[FLAGS.route](dataset, kernel, FLAGS.cache_dir, watch)
+    if FLAGS.resume:
+        check_resumed(folder)
+    distilled = BY_ROUTE[FLAGS.route](dataset, kernel, folder, watch)
     watch.lap("distillation")
     # An older run's would stand beside the new images if this one were interrupted.
     discard(folder, (REPORT, PICTURE))
     distilled.save(folder)
     distilled.save_grid(folder / PICTURE)
-    accuracy = measure(distilled, dataset, kernel, watch)
+    try:
+        accuracy = measure(distilled, dataset, kernel, watch)
+    except KeyboardInterrupt:
+        message = "Interrupted: the images are written, their accuracy is not."
+        raise KeyboardInterrupt(message) from None
     return write_report(folder, distilled, accuracy, watch.seconds)
 
 
@@ -424,6 +502,14 @@ def main(argv: list[str]) -> None:
         report = run()
     except (ValueError, OSError) as error:
         refuse(error)
+    except KeyboardInterrupt as error:
+        message = str(error) or "Interrupted: nothing was released."
+        if hasattr(error, "released"):
+            message = (
+                "Interrupted. What was paid for is kept: --resume goes on with it."
+            )
+        print(f"\n{message}", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
     for name, value in report["accuracy"].items():
         _LOGGER.info("accuracy.%s: %.4f", name, value)
 
@@ -441,6 +527,7 @@ def define_flags(values: flags.FlagValues) -> None:
     one_of("route", "linear", ROUTES, "How private information enters.")
     real("epsilon", 1.0, "Epsilon per record.")
     real("delta", 1e-5, "Delta.")
+    switch("resume", False, "Make images of what an earlier run released.")
     switch("validate", False, "Measure on held-out training images.")
     whole(
         "steps",

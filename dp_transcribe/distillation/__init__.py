@@ -1,7 +1,14 @@
 """Private data distillation: a few synthetic examples that stand for a data set."""
 
+from dp_transcribe.distillation.class_means import ClassMeans
 from dp_transcribe.distillation.dataset import DistilledDataset, balanced_labels
-from dp_transcribe.distillation.distill import Distillation, distill, kernel_for_domain
+from dp_transcribe.distillation.distill import (
+    Distillation,
+    LinearRelease,
+    distill,
+    images_of_model,
+    kernel_for_domain,
+)
 from dp_transcribe.distillation.features import scattering_features
 from dp_transcribe.distillation.kernels import (
     InterceptKernel,
@@ -14,7 +21,11 @@ from dp_transcribe.distillation.kernels import (
 )
 from dp_transcribe.distillation.kip import DPKIP, KIPTraining
 from dp_transcribe.distillation.linear import LinearTraining, PrivateLinearModel
-from dp_transcribe.distillation.matching import MeanMatching, distill_means
+from dp_transcribe.distillation.matching import (
+    MeanMatching,
+    distill_means,
+    images_of_means,
+)
 from dp_transcribe.distillation.random_networks import RandomConvNets
 from dp_transcribe.distillation.ridge import KernelRidgeClassifier
 from dp_transcribe.distillation.scattering import Scattering
@@ -28,6 +39,7 @@ from dp_transcribe.distillation.whitening import PublicWhitening
 
 __all__ = [
     "CategoricalColumn",
+    "ClassMeans",
     "DPKIP",
     "Distillation",
     "DistilledDataset",
@@ -35,6 +47,7 @@ __all__ = [
     "KIPTraining",
     "Kernel",
     "KernelRidgeClassifier",
+    "LinearRelease",
     "LinearTraining",
     "MeanMatching",
     "MirroredKernel",
@@ -52,6 +65,8 @@ __all__ = [
     "distill",
     "distill_means",
     "embed_in_batches",
+    "images_of_means",
+    "images_of_model",
     "kernel_for_domain",
     "scattering_features",
     "synthesize",

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from dp_transcribe._principal import principal_directions
+from dp_transcribe.distillation.kept import KeptRelease
 from dp_transcribe.distillation.kernels import (
     InnerProductKernel,
     Kernel,
@@ -24,7 +25,7 @@ _ROWS = 500  # that are embedded at once
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ClassMeans:
+class ClassMeans(KeptRelease):
     """Noisy means of the classes' features, along public directions.
 
     Attributes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
 from pathlib import Path
 
@@ -11,17 +10,13 @@ import numpy as np
 import tensorflow as tf
 
 from dp_transcribe import _validate
-from dp_transcribe._files import digest_of, discard, replacing
+from dp_transcribe.distillation.kept import StatedFile
 from dp_transcribe.distillation.provenance import remember_released
-from dp_transcribe.privacy.statement import (
-    PrivacyStatement,
-    split_digest,
-    with_digest,
-)
+from dp_transcribe.privacy.statement import PrivacyStatement
 
-_ARRAYS, _STATEMENT, _TEXT = "distilled.npz", "statement.json", "statement.txt"
-# Which file the statement beside it belongs to.
-_DIGEST = "distilled_sha256"
+_DISTILLED = StatedFile(
+    "distilled.npz", "statement.json", "distilled_sha256", "statement.txt"
+)
 _BYTES = 255
 
 
@@ -85,20 +80,13 @@ class DistilledDataset:
         Raises:
             ValueError: the folder cannot be written to.
         """
-        path = _validate.writable_dir("folder", folder)
-        # In this order a crash leaves images without a statement, never another's.
-        discard(path, (_STATEMENT, _TEXT))
-        with replacing(path / _ARRAYS) as partial:
-            np.savez_compressed(
-                partial,
-                images=self.images,
-                labels=self.labels,
-                num_classes=self.num_classes,
-            )
-            digest = digest_of(partial.read_bytes())
-        statement = with_digest(self.statement, _DIGEST, digest)
-        (path / _TEXT).write_text(self.statement.to_text(), encoding="utf-8")
-        (path / _STATEMENT).write_text(statement.to_json(), encoding="utf-8")
+        _DISTILLED.write(
+            folder,
+            self.statement,
+            images=self.images,
+            labels=self.labels,
+            num_classes=self.num_classes,
+        )
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> DistilledDataset:
@@ -114,21 +102,13 @@ class DistilledDataset:
             FileNotFoundError: a file is missing.
             ValueError: the statement is malformed or of other images.
         """
-        path = Path(folder)
-        text = (path / _STATEMENT).read_text(encoding="utf-8")
-        content = (path / _ARRAYS).read_bytes()
-        statement, digest = split_digest(PrivacyStatement.from_json(text), _DIGEST)
-        if digest not in (None, digest_of(content)):
-            mend = "One of them was overwritten: take those that were saved together."
-            expected = f"a folder whose {_STATEMENT} is of its {_ARRAYS}"
-            raise _validate.invalid("folder", str(path), expected, mend)
-        with np.load(io.BytesIO(content)) as arrays:
-            return cls(
-                images=arrays["images"],
-                labels=arrays["labels"],
-                num_classes=int(arrays["num_classes"]),
-                statement=statement,
-            )
+        statement, arrays = _DISTILLED.read(folder)
+        return cls(
+            images=arrays["images"],
+            labels=arrays["labels"],
+            num_classes=int(arrays["num_classes"]),
+            statement=statement,
+        )
 
     def save_grid(self, path: str | os.PathLike[str], *, columns: int = 10) -> None:
         """Writes the images as one PNG, the classes below each other.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from dp_transcribe import _validate
 from dp_transcribe.distillation.dataset import DistilledDataset
+from dp_transcribe.distillation.kept import KeptRelease
 from dp_transcribe.distillation.kernels import (
     InterceptKernel,
     Kernel,
@@ -33,6 +34,7 @@ from dp_transcribe.distillation.synthesis import (
 )
 from dp_transcribe.distillation.whitening import PublicWhitening
 from dp_transcribe.generators.priors import DOMAINS
+from dp_transcribe.privacy.statement import PrivacyStatement
 
 _LOGGER = logging.getLogger(__name__)
 # The part of the seed that keeps whitening's images apart from synthesis'.
@@ -72,6 +74,31 @@ class Distillation:
         return cls(training=LinearTraining(steps=60, learning_rate=20.0, l2_norm=0.3))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class LinearRelease(KeptRelease):
+    """The private linear model of `distill`, as one of plain embeddings.
+
+    Attributes:
+        weights: float32 `[features, classes]`.
+        offset: float32 `[classes]`.
+        statement: the guarantee of both and of all that is made of them.
+    """
+
+    weights: np.ndarray
+    offset: np.ndarray
+    statement: PrivacyStatement
+
+    @classmethod
+    def of(cls, model: PrivateLinearModel, whitening: PublicWhitening) -> LinearRelease:
+        """What a model of whitened embeddings releases.
+
+        Raises:
+            RuntimeError: the model was not fitted.
+        """
+        weights, offset = whitening.plain_weights(model)
+        return cls(weights, offset, model.privacy_statement())
+
+
 def kernel_for_domain(
     domain: str, image_shape: Sequence[int]
 ) -> ScatteringKernel | MirroredKernel:
@@ -107,6 +134,7 @@ def distill(
     delta: float,
     settings: Distillation | None = None,
     features: np.ndarray | None = None,
+    on_release: Callable[[LinearRelease], None] | None = None,
     seed: int | None = None,
     verbose: int = 1,
 ) -> tuple[DistilledDataset, PrivateLinearModel]:
@@ -132,6 +160,8 @@ def distill(
         settings: further settings.
         features: the embeddings of `images` by `kernel.kernel`, without the constant,
             if they are there already.
+        on_release: called with what is paid for, before images are made of it, for
+            example to `save` it: `images_of_model` makes other ones at no cost.
         seed: None for secret noise; an int makes runs repeatable, for tests.
         verbose: 1 shows bars with the epsilon so far, 0 nothing.
 
@@ -143,8 +173,8 @@ def distill(
         ValueError: an argument is out of range. Nothing was spent.
 
         Whatever is raised after the fit, an interruption too, has an attribute
-        `released`: the fitted model and its `PublicWhitening`, of which `synthesize`
-        makes images at no further cost.
+        `released`: the `LinearRelease`, of which `images_of_model` makes images at no
+        further cost.
 
     **Privacy**: unit `RECORD`, zero-out; the statement is in the result.
     """
@@ -168,22 +198,69 @@ def distill(
         verbose=verbose,
     )
     _LOGGER.info("The linear model is fitted; nothing private is read any more.")
-    with handing_over((model, whitening)):
-        support, support_labels = synthesize(
-            kernel.weights(*whitening.plain_weights(model)),
+    released = LinearRelease.of(model, whitening)
+    with handing_over(released):
+        if on_release is not None:
+            on_release(released)
+        distilled = images_of_model(
+            released,
             kernel,
             source,
             settings=settings.synthesis,
-            seed=seed or 0,
+            seed=seed,
             verbose=verbose,
         )
-    distilled = DistilledDataset(
-        images=support,
-        labels=support_labels,
-        num_classes=num_classes,
-        statement=model.privacy_statement(),
-    )
     return distilled, model
+
+
+def images_of_model(
+    released: LinearRelease,
+    kernel: InterceptKernel,
+    source: ImageSource,
+    *,
+    settings: Synthesis | None = None,
+    seed: int | None = None,
+    verbose: int = 1,
+) -> DistilledDataset:
+    """Makes images of which kernel ridge regression is a released linear model.
+
+    Args:
+        released: by `distill`; of the same kernel.
+        kernel: as for `distill`.
+        source: public images.
+        settings: how many images, and how they are made.
+        seed: of the public images; None for that of a `distill` without a seed.
+        verbose: 1 shows a bar, 0 nothing.
+
+    Returns:
+        The distilled data set, with the statement of `released`.
+
+    Raises:
+        ValueError: the model is one of other embeddings than the kernel's.
+
+    **Privacy**: post-processing: reads no private record and costs nothing.
+    """
+    public_seed = _validate.optional_seed("seed", seed) or 0
+    width, classes = released.weights.shape
+    embedded = embed_in_batches(kernel.kernel, draw_images(source, 1, public_seed))
+    if embedded.shape[1] != width:
+        expected = f"a linear model of {embedded.shape[1]} embeddings"
+        mend = "Take the kernel and source that `distill` was given."
+        raise _validate.invalid("released", released.weights.shape, expected, mend)
+    images, labels = synthesize(
+        kernel.weights(released.weights, released.offset),
+        kernel,
+        source,
+        settings=settings,
+        seed=public_seed,
+        verbose=verbose,
+    )
+    return DistilledDataset(
+        images=images,
+        labels=labels,
+        num_classes=classes,
+        statement=released.statement,
+    )
 
 
 def fit_linear_model(

@@ -104,6 +104,7 @@ def distill_means(
     target_epsilon: float,
     delta: float,
     settings: MeanMatching | None = None,
+    on_release: Callable[[ClassMeans], None] | None = None,
     seed: int | None = None,
     verbose: int = 1,
 ) -> DistilledDataset:
@@ -120,6 +121,8 @@ def distill_means(
         target_epsilon: the epsilon per record that is not passed.
         delta: strictly between 0 and 1.
         settings: further settings.
+        on_release: called with what is paid for, before images are made of it, for
+            example to `save` it: `images_of_means` makes other ones at no cost.
         seed: None for secret noise; an int makes runs repeatable, for tests.
         verbose: 1 shows a bar, 0 nothing.
 
@@ -130,7 +133,8 @@ def distill_means(
         ValueError: an argument is out of range. Nothing was spent.
 
         Whatever is raised after the release, an interruption too, has an attribute
-        `released`: the noisy `ClassMeans` with their statement.
+        `released`: the noisy `ClassMeans`, of which `images_of_means` makes images at
+        no further cost.
 
     **Privacy**: unit `RECORD`, zero-out; the statement is in the result.
 
@@ -147,16 +151,7 @@ def distill_means(
     public = draw_images(source, settings.candidates, public_seed)
     check_images(images, public, settings.pixel_range)
     _check_memory(public.shape[1:], num_classes, settings)
-    height, width, colours = public.shape[1:]
-    kernel = RandomConvNets(
-        (height, width, colours),
-        networks=settings.networks,
-        filters=settings.filters,
-        seed=public_seed,
-    )
-    directions = PublicDirections.from_public(
-        kernel, public[: settings.public_images], settings.directions
-    )
+    kernel, directions = _public_side(public, settings, public_seed)
     released = release_class_means(
         images,
         labels,
@@ -171,14 +166,85 @@ def distill_means(
     )
     _LOGGER.info("The means are released; nothing private is read any more.")
     with handing_over(released):
-        start = public[first_images(released, directions, public, settings)]
-        support = _match(
-            start, kernel, directions, released.means, settings, public_seed, verbose
-        )
+        if on_release is not None:
+            on_release(released)
+        return _moved(released, public, kernel, directions, settings, seed, verbose)
+
+
+def images_of_means(
+    released: ClassMeans,
+    source: ImageSource,
+    *,
+    settings: MeanMatching | None = None,
+    seed: int | None = None,
+    verbose: int = 1,
+) -> DistilledDataset:
+    """Makes images that have released means.
+
+    Args:
+        released: by `distill_means`.
+        source: public images, the same as for `distill_means`.
+        settings: those of `distill_means`, but for the number of images and what is
+            done to them.
+        seed: that of `distill_means`, for the same networks and public images.
+        verbose: 1 shows a bar, 0 nothing.
+
+    Returns:
+        The distilled data set, with the statement of `released`.
+
+    Raises:
+        ValueError: the means are along another number of directions, or the images do
+            not fit into memory.
+
+    **Privacy**: post-processing: reads no private record and costs nothing.
+    """
+    settings = settings or MeanMatching()
+    public_seed = _validate.optional_seed("seed", seed) or 0
+    public = draw_images(source, settings.candidates, public_seed)
+    _check_memory(public.shape[1:], len(released.means), settings)
+    kernel, directions = _public_side(public, settings, public_seed)
+    if released.means.shape[1] != len(directions.variances):
+        expected = f"means along {len(directions.variances)} directions"
+        mend = "Take the settings, source and seed that they were released with."
+        raise _validate.invalid("released", released.means.shape, expected, mend)
+    return _moved(released, public, kernel, directions, settings, seed, verbose)
+
+
+def _public_side(
+    public: np.ndarray, settings: MeanMatching, seed: int
+) -> tuple[RandomConvNets, PublicDirections]:
+    """Networks, and the directions of public images in them."""
+    height, width, colours = public.shape[1:]
+    kernel = RandomConvNets(
+        (height, width, colours),
+        networks=settings.networks,
+        filters=settings.filters,
+        seed=seed,
+    )
+    directions = PublicDirections.from_public(
+        kernel, public[: settings.public_images], settings.directions
+    )
+    return kernel, directions
+
+
+def _moved(
+    released: ClassMeans,
+    public: np.ndarray,
+    kernel: RandomConvNets,
+    directions: PublicDirections,
+    settings: MeanMatching,
+    seed: int | None,
+    verbose: int,
+) -> DistilledDataset:
+    """Public images, moved until they have the released means."""
+    classes = len(released.means)
+    start = public[first_images(released, directions, public, settings)]
     return DistilledDataset(
-        images=support,
-        labels=balanced_labels(settings.images_per_class, num_classes),
-        num_classes=num_classes,
+        images=_match(
+            start, kernel, directions, released.means, settings, seed or 0, verbose
+        ),
+        labels=balanced_labels(settings.images_per_class, classes),
+        num_classes=classes,
         statement=released.statement,
     )
 

@@ -10,11 +10,13 @@ import pytest
 import tensorflow as tf
 
 from dp_transcribe.distillation import (
+    ClassMeans,
     Distillation,
     DistilledDataset,
     InterceptKernel,
     Kernel,
     KernelRidgeClassifier,
+    LinearRelease,
     LinearTraining,
     MeanMatching,
     MirroredKernel,
@@ -25,8 +27,8 @@ from dp_transcribe.distillation import (
     Synthesis,
     distill,
     embed_in_batches,
+    images_of_model,
     kernel_for_domain,
-    synthesize,
 )
 from dp_transcribe.distillation.distill import public_whitening
 from dp_transcribe.distillation.releases import RecordSums
@@ -276,7 +278,7 @@ def test_records_that_do_not_fit_are_refused_and_nothing_is_spent(
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
-def test_a_failure_after_the_fit_hands_the_model_over(monkeypatch, error):
+def test_a_failure_after_the_fit_hands_the_model_over(monkeypatch, tmp_path, error):
     images, labels = BARS.draw(300, seed=1)
     with monkeypatch.context() as broken:
         # The package's attribute of that name is the function.
@@ -284,11 +286,40 @@ def test_a_failure_after_the_fit_hands_the_model_over(monkeypatch, error):
         broken.setattr(module, "synthesize", mock.Mock(side_effect=error))
         with pytest.raises(error) as failed:
             distil(images, labels)
-    model, whitening = failed.value.released
-    assert 0.99 < model.privacy_statement().epsilon <= 1.0
-    weights = INTERCEPT.weights(*whitening.plain_weights(model))
-    made, _ = synthesize(weights, INTERCEPT, BARS, settings=SETTINGS.synthesis, seed=3)
-    np.testing.assert_array_equal(made, distil(images, labels)[0].images)
+    failed.value.released.save(tmp_path)
+    released = LinearRelease.load(tmp_path)
+    assert 0.99 < released.statement.epsilon <= 1.0
+    options = {"settings": SETTINGS.synthesis, "seed": 3}
+    made = images_of_model(released, INTERCEPT, BARS, **options)
+    whole, _ = distil(images, labels)
+    np.testing.assert_array_equal(made.images, whole.images)
+    np.testing.assert_array_equal(made.labels, whole.labels)
+    assert made.statement == whole.statement == released.statement
+
+
+def test_what_is_released_is_kept_before_images_are_made_of_it(monkeypatch):
+    module = importlib.import_module("dp_transcribe.distillation.distill")
+    make = mock.Mock(side_effect=MemoryError)
+    monkeypatch.setattr(module, "synthesize", make)
+    kept = mock.Mock(side_effect=lambda _: make.assert_not_called())
+    with pytest.raises(MemoryError) as failed:
+        distil(*BARS.draw(300, seed=1), on_release=kept)
+    kept.assert_called_once_with(failed.value.released)
+
+
+def test_a_release_of_other_embeddings_or_of_another_kind_is_refused(tmp_path):
+    statement = distil(*BARS.draw(300, seed=1))[0].statement
+    weights = np.zeros((7, 2), np.float32)
+    released = LinearRelease(weights, np.zeros(2, np.float32), statement)
+    with pytest.raises(ValueError, match=r"of 80 embeddings.*released=\(7, 2\)"):
+        images_of_model(released, INTERCEPT, BARS)
+    released.save(tmp_path)
+    with pytest.raises(ValueError, match="a ClassMeans"):
+        ClassMeans.load(tmp_path)
+    content = (tmp_path / "released.npz").read_bytes()
+    (tmp_path / "released.npz").write_bytes(content + b"\0")
+    with pytest.raises(ValueError, match="was overwritten"):
+        LinearRelease.load(tmp_path)
 
 
 def test_public_images_out_of_range_and_a_single_class_are_refused():

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from dp_transcribe.distillation import (
+    ClassMeans,
     KernelRidgeClassifier,
     MeanMatching,
     RandomConvNets,
     ScatteringKernel,
     distill_means,
     embed_in_batches,
+    images_of_means,
 )
 from dp_transcribe.distillation.class_means import (
     PublicDirections,
@@ -309,6 +311,22 @@ def test_a_failure_after_the_release_hands_the_means_over(
         distil(images, labels)
     assert failed.value.released.means.shape == (2, SETTINGS.directions)
     assert 0.99 < failed.value.released.statement.epsilon <= 1.0
+
+
+def test_images_are_made_of_kept_means_at_no_cost(records, monkeypatch, tmp_path):
+    images, labels = (part[:200] for part in records)
+    whole = distil(images, labels, on_release=lambda means: means.save(tmp_path))
+    spent = mock.Mock()
+    monkeypatch.setattr(RecordSums, "begin", spent)
+    kept = ClassMeans.load(tmp_path)
+    made = images_of_means(kept, BARS, settings=SETTINGS, seed=3)
+    spent.assert_not_called()
+    np.testing.assert_array_equal(made.images, whole.images)
+    np.testing.assert_array_equal(made.labels, whole.labels)
+    assert made.statement == whole.statement
+    other = dataclasses.replace(SETTINGS, directions=SETTINGS.directions - 1)
+    with pytest.raises(ValueError, match="`released`.*were released with"):
+        images_of_means(kept, BARS, settings=other, seed=3)
 
 
 def test_small_images_and_a_single_class_are_refused():

@@ -22,12 +22,13 @@ from dp_transcribe.distillation import (
     ScatteringKernel,
 )
 from dp_transcribe.distillation.releases import RecordSums
-from dp_transcribe.programs import EXIT_REFUSED
+from dp_transcribe.programs import EXIT_INTERRUPTED, EXIT_REFUSED
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 IMAGE_FILES = {
     "report.json", "statement.txt", "statement.json", "distilled.npz", "images.png",
 }  # fmt: skip
+KEPT_FILES = {"run.json", "released.npz", "released.statement.json"}
 TABLE_FILES = (IMAGE_FILES - {"images.png"}) | {"aucs.png"}
 
 
@@ -170,6 +171,131 @@ def test_the_means_route_takes_the_settings_of_the_flags(run, monkeypatch):
     assert report["statement"]["details"]["l2_norm"] == 0.5
 
 
+LINEAR = ("--route=linear", "--steps=3", "--damping_rank=10", "--synthesis_steps=2")
+MEANS = ("--route=means", "--steps=2", "--damping_rank=10")
+FEW = ("--images_per_class=2", "--convnet_epochs=0", "--seed=1")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Makes both routes small enough for the images at hand."""
+    sizes = {"networks": 2, "filters": 8, "candidates": 300}
+    sizes |= {"public_images": 150, "directions": 120}
+    plan = functools.partial(example.MeanMatching, **sizes)
+    monkeypatch.setattr(example, "MeanMatching", plan)
+    kernel = InterceptKernel(ScatteringKernel((8, 8, 1), groups=1, scale=1))
+    monkeypatch.setattr(example, "make_kernel", lambda _: kernel)
+    settings = example.settings
+
+    def fewer(dataset):
+        return dataclasses.replace(settings(dataset), public_images=200)
+
+    monkeypatch.setattr(example, "settings", fewer)
+
+
+@pytest.mark.parametrize("route", [LINEAR, MEANS])
+def test_other_images_are_made_of_what_was_released_at_no_cost(
+    run, small, monkeypatch, tmp_path, route
+):
+    folder = tmp_path / "out"
+    first = run(example, *route, *FEW)
+    assert {path.name for path in folder.iterdir()} == IMAGE_FILES | KEPT_FILES
+    images = DistilledDataset.load(folder).images
+    kept = {name: (folder / name).read_bytes() for name in KEPT_FILES}
+    spent = mock.Mock()
+    monkeypatch.setattr(RecordSums, "begin", spent)
+    monkeypatch.setattr(example, "private_features", spent)
+    again = run(example, *route, *FEW, "--resume")
+    np.testing.assert_array_equal(DistilledDataset.load(folder).images, images)
+    assert again["accuracy"] == first["accuracy"]
+    more = run(example, *route, *FEW, "--images_per_class=3", "--resume")
+    spent.assert_not_called()
+    assert len(DistilledDataset.load(folder)) == 6
+    assert more["statement"] == again["statement"] == first["statement"]
+    assert {name: (folder / name).read_bytes() for name in KEPT_FILES} == kept
+
+
+@pytest.mark.parametrize(
+    ("route", "given", "name"),
+    [
+        (LINEAR, ("--epsilon=2",), "epsilon"),
+        (LINEAR, ("--steps=4",), "steps"),
+        (MEANS, LINEAR, "route"),
+        (MEANS, ("--l2_norm=0.5",), "l2_norm"),
+        (MEANS, ("--seed=2",), "seed"),
+    ],
+)
+def test_a_release_of_other_flags_is_not_gone_on_with(
+    configure, run, small, tmp_path, route, given, name
+):
+    (tmp_path / "out").mkdir()
+    configure(example, *route, *FEW)
+    kept = {name: getattr(example.FLAGS, name) for name in example.OF_RELEASE["linear"]}
+    (tmp_path / "out" / "run.json").write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match=f"`{name}`.*in the run that is resumed"):
+        run(example, *route, *FEW, *given, "--resume")
+
+
+def test_without_a_release_there_is_nothing_to_go_on_with(run, small):
+    with pytest.raises(ValueError, match="`resume`.*run.json.*a new run"):
+        run(example, *LINEAR, *FEW, "--resume")
+
+
+def test_an_interrupted_run_goes_on_with_what_was_paid_for(
+    configure, run, small, monkeypatch, tmp_path, capsys
+):
+    whole = run(example, *LINEAR, *FEW)
+    with monkeypatch.context() as broken:
+        module = importlib.import_module("dp_transcribe.distillation.distill")
+        broken.setattr(module, "synthesize", mock.Mock(side_effect=KeyboardInterrupt))
+        configure(example, *LINEAR, *FEW, f"--output_dir={tmp_path / 'new'}")
+        with pytest.raises(SystemExit) as stopped:
+            example.main(["distill"])
+    assert stopped.value.code == EXIT_INTERRUPTED
+    assert "--resume goes on" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "new").iterdir()} == KEPT_FILES
+    again = run(example, *LINEAR, *FEW, f"--output_dir={tmp_path / 'new'}", "--resume")
+    assert again["accuracy"] == whole["accuracy"]
+    assert again["statement"] == whole["statement"]
+
+
+@pytest.mark.parametrize(
+    ("fails", "message", "left"),
+    [
+        ("private_features", "nothing was released", set()),
+        ("measure", "images are written", IMAGE_FILES - {"report.json"}),
+    ],
+)
+def test_an_interruption_is_told_and_says_what_there_is(
+    configure, monkeypatch, tmp_path, capsys, fails, message, left
+):
+    configure(example, *DPKIP, *FEW)
+    monkeypatch.setattr(example, fails, mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit) as stopped:
+        example.main(["distill"])
+    assert stopped.value.code == EXIT_INTERRUPTED
+    assert message in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == left
+
+
+def test_an_interrupted_dpkip_gives_the_images_so_far(run, monkeypatch, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "released.npz").write_text("of another route")
+    steps = example.DPKIP.train_step
+    count = mock.Mock(side_effect=[None, None, KeyboardInterrupt])
+
+    def step(self, *arguments):
+        count()
+        return steps(self, *arguments)
+
+    monkeypatch.setattr(example.DPKIP, "train_step", step)
+    report = run(example, *DPKIP, *FEW, "--steps=40")
+    assert {path.name for path in folder.iterdir()} == IMAGE_FILES
+    assert 0.0 < report["statement"]["epsilon"] < 0.9
+    assert len(DistilledDataset.load(folder)) == 4
+
+
 def test_validation_reads_no_test_image(run, monkeypatch):
     seen = {}
     monkeypatch.setitem(
@@ -305,6 +431,7 @@ def test_features_are_never_kept_in_part(configure, monkeypatch, tmp_path):
         (("--sampling=0.1",), "sampling"),
         (("--route=means", "--synthesis_steps=5"), "synthesis_steps"),
         (("--route=means", "--cache_dir=kept"), "cache_dir"),
+        ((*DPKIP, "--resume"), "resume"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name_and_nothing_is_spent(
