@@ -10,6 +10,7 @@ from dp_transcribe.distillation.distill import (
     kernel_for_domain,
 )
 from dp_transcribe.distillation.features import scattering_features
+from dp_transcribe.distillation.jacobians import EmbeddingJacobian
 from dp_transcribe.distillation.kernels import (
     InterceptKernel,
     Kernel,
@@ -43,6 +44,7 @@ __all__ = [
     "DPKIP",
     "Distillation",
     "DistilledDataset",
+    "EmbeddingJacobian",
     "InterceptKernel",
     "KIPTraining",
     "Kernel",

@@ -10,11 +10,14 @@ import numpy as np
 import tensorflow as tf
 
 from dp_transcribe import _validate
+from dp_transcribe.distillation.jacobians import EmbeddingJacobian
 from dp_transcribe.distillation.progress import counted
 from dp_transcribe.distillation.scattering import Scattering
 from dp_transcribe.distillation.scattering_jacobian import scattering_jacobian
 
 _EPSILON = 1e-5
+# Squared norms below it are not brought to one; `tf.math.l2_normalize` has the same.
+_SMALLEST_SQUARE = 1e-12
 # float32 values that a distillation may take for its support images, 4 GiB.
 LARGEST = 2**30
 # float32 values per pixel that are kept to go back through a scattering embedding.
@@ -45,14 +48,14 @@ class Kernel(abc.ABC):
     def embed(self, inputs: tf.Tensor) -> tf.Tensor:
         """Maps inputs `[n, ...]` to embeddings, float32 `[n, features]`."""
 
-    def jacobian(self, example: tf.Tensor) -> tf.Tensor:
-        """Jacobian of the embedding of one input, float32 `[pixels, features]`."""
+    def jacobian(self, example: tf.Tensor) -> EmbeddingJacobian:
+        """Jacobian of the embedding of one input."""
         pixels = math.prod(example.shape)
         repeated = tf.repeat(example[None], pixels, axis=0)
         directions = tf.reshape(tf.eye(pixels), [pixels, *example.shape])
         with tf.autodiff.ForwardAccumulator(repeated, directions) as accumulator:
             embedded = self.embed(repeated)
-        return accumulator.jvp(embedded)
+        return EmbeddingJacobian.dense(accumulator.jvp(embedded))
 
     @abc.abstractmethod
     def between(self, left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
@@ -137,7 +140,7 @@ class ScatteringKernel(InnerProductKernel):
         self._check_shape("inputs", inputs.shape[1:])
         return _scattering_embedding(self, inputs)
 
-    def jacobian(self, example: tf.Tensor) -> tf.Tensor:
+    def jacobian(self, example: tf.Tensor) -> EmbeddingJacobian:
         """As in `Kernel`, the image itself being transformed only once."""
         example = tf.cast(example, tf.float32)
         self._check_shape("example", example.shape)
@@ -157,33 +160,54 @@ def _scattering_embedding(kernel: ScatteringKernel, images: tf.Tensor) -> tf.Ten
 
 
 @tf.function(jit_compile=True, reduce_retracing=False)
-def _scattering_jacobian(kernel: ScatteringKernel, image: tf.Tensor) -> tf.Tensor:
+def _scattering_jacobian(
+    kernel: ScatteringKernel, image: tf.Tensor
+) -> EmbeddingJacobian:
     """Compiled per kernel."""
-    height, width, colours = kernel.image_shape
-    pixels = height * width
+    colours = kernel.image_shape[2]
     moves = [
         scattering_jacobian(kernel.transform, image[:, :, colour])
         for colour in range(colours)
     ]
-    # Pixels of one colour move the channels of that colour alone.
-    blocks = tf.reshape(tf.stack(moves, axis=1), [pixels, colours, 1, -1])
-    blocks *= tf.eye(colours)[None, :, :, None]
-    tangents = tf.reshape(blocks, [pixels * colours, kernel.num_features])
-    coefficients = tf.reshape(kernel.transform(image[None]), [1, kernel.num_features])
-    repeated = tf.repeat(coefficients, pixels * colours, axis=0)
-    with tf.autodiff.ForwardAccumulator(repeated, tangents) as accumulator:
-        embedded = _normalised(kernel, repeated)
-    return accumulator.jvp(embedded)
+    if kernel.num_groups % colours:  # a group is of several colours
+        moves = [_of_all_colours(moves)]
+    groups = kernel.num_groups // len(moves)
+    coefficients = tf.reshape(kernel.transform(image[None]), [len(moves), -1])
+    blocks, normal = [], []
+    for row, move in zip(tf.unstack(coefficients), moves, strict=True):
+        repeated = tf.repeat(row[None], move.shape[0], axis=0)
+        with tf.autodiff.ForwardAccumulator(repeated, move) as accumulator:
+            grouped = _grouped(groups, repeated)
+        blocks.append(accumulator.jvp(grouped))
+        normal.append(grouped[0])
+    embedding = tf.concat(normal, axis=0)
+    square = tf.reduce_sum(embedding**2)
+    scale = tf.math.rsqrt(tf.maximum(square, _SMALLEST_SQUARE))
+    unit = tf.where(square > _SMALLEST_SQUARE, scale * embedding, 0.0)
+    return EmbeddingJacobian(scale * tf.stack(blocks), unit)
+
+
+def _of_all_colours(moves: list[tf.Tensor]) -> tf.Tensor:
+    """`[pixels * colours, colours * features]`; one colour moves its features alone."""
+    colours = len(moves)
+    blocks = tf.stack(moves, axis=1)[:, :, None] * tf.eye(colours)[None, :, :, None]
+    return tf.reshape(blocks, [-1, colours * moves[0].shape[1]])
 
 
 def _normalised(kernel: ScatteringKernel, coefficients: tf.Tensor) -> tf.Tensor:
     """Normalises each group of coefficients `[n, ...]`, then each image."""
-    count = tf.shape(coefficients)[0]
-    flat = tf.reshape(coefficients, [count, kernel.num_groups, -1])
+    rows = tf.reshape(coefficients, [-1, kernel.num_features])
+    return tf.math.l2_normalize(
+        _grouped(kernel.num_groups, rows), axis=1, epsilon=_SMALLEST_SQUARE
+    )
+
+
+def _grouped(groups: int, rows: tf.Tensor) -> tf.Tensor:
+    """Brings consecutive groups of `[n, features]` to mean zero and variance one."""
+    flat = tf.reshape(rows, [-1, groups, rows.shape[1] // groups])
     mean, variance = tf.nn.moments(flat, axes=[-1], keepdims=True)
     normal = (flat - mean) * tf.math.rsqrt(variance + _EPSILON)
-    rows = tf.reshape(normal, [count, kernel.num_features])
-    return tf.math.l2_normalize(rows, axis=1)
+    return tf.reshape(normal, [-1, rows.shape[1]])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from dp_transcribe import _validate
 from dp_transcribe.distillation.dataset import DistilledDataset, balanced_labels
+from dp_transcribe.distillation.jacobians import EmbeddingJacobian
 from dp_transcribe.distillation.kernels import (
     KEPT_PER_PIXEL,
     LARGEST,
@@ -391,7 +392,7 @@ class DPKIP(keras.Model):
     def _closed_form(
         self,
         support: tf.Tensor,
-        jacobians: list[tf.Tensor],
+        jacobians: list[EmbeddingJacobian],
         embedded: tf.Tensor,
         targets: tf.Tensor,
     ) -> tf.Tensor:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
+from dp_transcribe.distillation.jacobians import EmbeddingJacobian
 from dp_transcribe.distillation.ridge import ridge_solve
 
 
@@ -67,7 +68,7 @@ def feature_gradient_sum(
 
 def pixel_gradient_sum(
     support: tf.Tensor,
-    jacobians: Sequence[tf.Tensor],
+    jacobians: Sequence[EmbeddingJacobian],
     embedded: tf.Tensor,
     support_targets: tf.Tensor,
     targets: tf.Tensor,
@@ -79,7 +80,7 @@ def pixel_gradient_sum(
 
     Args:
         support: float32 `[n, features]`.
-        jacobians: one for each support image, float32 `[pixels, features]`.
+        jacobians: one for each support image.
         embedded: float32 `[records, features]`, finite.
         support_targets: float32 `[n, classes]`.
         targets: float32 `[records, classes]`.
@@ -94,8 +95,8 @@ def pixel_gradient_sum(
     u, v, tilt = _factors(support, embedded, support_targets, targets, penalty)
     gradients = []
     for index, jacobian in enumerate(jacobians):
-        moved = tf.matmul(support, jacobian, transpose_b=True)
-        left = tf.matmul(embedded, jacobian, transpose_b=True) - v @ moved
+        moved = jacobian.pulled(support)
+        left = jacobian.pulled(embedded) - v @ moved
         gradients.append(
             u[:, index, None] * left
             - v[:, index, None] * (u @ moved)

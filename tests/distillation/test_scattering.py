@@ -114,18 +114,28 @@ def test_an_image_of_nan_spoils_no_other():
 
 
 @pytest.mark.parametrize(
-    ("shape", "scale"), [((8, 8, 2), 1), pytest.param((16, 12, 1), 2)]
+    ("shape", "scale", "groups"),
+    [
+        ((8, 8, 2), 1, 1),  # one group of both colours
+        ((8, 8, 2), 1, 2),
+        ((8, 8, 3), 1, None),
+        ((16, 12, 1), 2, 1),
+    ],
 )
-def test_jacobian_equals_back_propagation(shape, scale):
-    kernel = ScatteringKernel(shape, groups=1, scale=scale, orientations=2)
+def test_jacobian_equals_back_propagation(shape, scale, groups):
+    kernel = ScatteringKernel(shape, groups=groups, scale=scale, orientations=2)
     image = np.random.default_rng(5).random(shape).astype(np.float32)
-    direction = np.random.default_rng(6).normal(size=kernel.num_features)
-    variable = tf.Variable(image[None])
+    rows = np.random.default_rng(6).normal(size=(2, kernel.num_features))
+    rows = tf.constant(rows.astype(np.float32))
+    repeated = tf.Variable(np.stack([image, image]))
     with tf.GradientTape() as tape:
-        product = tf.reduce_sum(kernel.embed(variable) * direction.astype(np.float32))
-    expected = tape.gradient(product, variable).numpy().ravel()
-    jacobian = kernel.jacobian(tf.constant(image)).numpy()
-    assert jacobian.shape == (image.size, kernel.num_features)
-    np.testing.assert_allclose(
-        jacobian @ direction, expected, atol=1e-4 * np.abs(expected).max()
-    )
+        product = tf.reduce_sum(kernel.embed(repeated) * rows)
+    expected = tape.gradient(product, repeated).numpy().reshape(2, -1)
+    pulled = kernel.jacobian(tf.constant(image)).pulled(rows).numpy()
+    np.testing.assert_allclose(pulled, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_a_blank_image_has_a_jacobian():
+    kernel = ScatteringKernel((8, 8, 3), scale=1, orientations=2)
+    pulled = kernel.jacobian(tf.zeros((8, 8, 3))).pulled(tf.eye(kernel.num_features))
+    assert np.isfinite(pulled).all()
