@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import keras
+import numpy as np
 
 from dp_transcribe import _validate
+from dp_transcribe._files import digest_of
 from dp_transcribe.generators.trial import check_draws
 from dp_transcribe.losses.objective import GeneratorObjective
 from dp_transcribe.mechanisms.base import AnswerMechanism, GradientMechanism, Mechanism
@@ -129,11 +131,20 @@ def check_learns(student: keras.Model) -> None:
 
 
 def check_ledger(owner: DPTranscriber) -> None:
-    """Refuses weights that went through more than the ledger knows.
+    """Refuses weights that the ledger is not of.
 
     Raises:
-        RuntimeError: they are another transcriber's, or came without its ledger.
+        RuntimeError: they are another transcriber's, came without its ledger, or a
+            load of a file left some of them as they were.
     """
+    expected = owner._run.loaded_digest
+    if expected is not None and expected != digest_of_parts(owner):
+        raise RuntimeError(
+            "The weights and the ledger do not belong together: a file was loaded only "
+            "in part, or a part was changed after it was loaded. Load a whole file "
+            "that `save_checkpoint` or `save_weights` wrote, or make a new transcriber."
+        )
+    owner._run.loaded_digest = None
     known = owner.ledger.releases(owner.mechanism.unit)
     made = int(owner.releases.numpy())
     if made > known:
@@ -142,6 +153,14 @@ def check_ledger(owner: DPTranscriber) -> None:
             f"of {known}: they were taken from another transcriber, without its "
             "ledger. Load what `save_checkpoint` or `save_weights` wrote."
         )
+
+
+def digest_of_parts(owner: DPTranscriber) -> str:
+    """SHA-256 of the weights that releases went into."""
+    parts = owner.student, owner.second_student, owner.generator
+    models = [part for part in parts if isinstance(part, keras.Model)]
+    weights = [weight for model in models for weight in model.get_weights()]
+    return digest_of(b"".join(np.asarray(weight).tobytes() for weight in weights))
 
 
 def check_unguided(name: str, source: Any, covered: bool) -> None:

@@ -566,13 +566,40 @@ class DPTranscriber(keras.Model):
     def load_own_variables(self, store: Any) -> None:
         """Reads what `save_own_variables` wrote.
 
+        **Privacy**: until all weights are found to be those of the ledger, there is
+        no statement, no further release and no export.
+
         Raises:
-            ValueError: it holds a replay in a form of before, which would be lost.
+            ValueError: it is of another mechanism or another version.
         """
+        self._run.loaded_digest = ""  # no weights have it
         check_state(store)
         own = len(self._trainable_variables) + len(self._non_trainable_variables)
         super().load_own_variables({str(i): store[str(i)] for i in range(own)})
         read_state(self, store)
+
+    def load_weights(
+        self, filepath: Any, skip_mismatch: bool = False, **kwargs: Any
+    ) -> None:
+        """As in Keras: loads what `save_weights` or `save_checkpoint` wrote.
+
+        Args:
+            filepath: the file.
+            skip_mismatch: refused; the ledger is of all weights of a file.
+            **kwargs: as in Keras.
+
+        **Privacy**: a load that is refused midway leaves weights and ledger that do
+        not belong together; fit, statement, export and saving refuse them.
+
+        Raises:
+            RuntimeError: not all of the weights were loaded.
+            ValueError: the file is of another transcriber.
+        """
+        if skip_mismatch:
+            mend = "A ledger of some of the weights would be wrong for the others."
+            raise _validate.invalid("skip_mismatch", skip_mismatch, "False", mend)
+        super().load_weights(filepath, skip_mismatch=False, **kwargs)
+        compatibility.check_ledger(self)
 
     def __reduce__(self) -> Any:
         """What `copy` and `pickle` take: a checkpoint that goes on with its own noise.

@@ -43,12 +43,15 @@ class Run:
         shows: whether it is printed how far a new pool is.
         is_accounted: whether the step under way is in the ledger.
         leaves_out_replay: whether what is saved now is to go without the replay.
+        loaded_digest: of the weights that the ledger of a file is of, until they are
+            found to be there; None where nothing was loaded.
     """
 
     def __init__(self, owner: DPTranscriber) -> None:
         self.owner = owner
         self.learner: GradientLearner | AnswerLearner | None = None
         self.shows = self.is_accounted = self.leaves_out_replay = False
+        self.loaded_digest: str | None = None
         self._was_loaded = False
 
     def make_learner(self) -> GradientLearner | AnswerLearner:

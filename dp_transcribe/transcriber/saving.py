@@ -33,6 +33,7 @@ from dp_transcribe.privacy.ledger import Ledger
 from dp_transcribe.queries import FreshQueries, QueryPool
 from dp_transcribe.teachers import Teacher
 from dp_transcribe.transcriber.answer_learning import AnswerLearner
+from dp_transcribe.transcriber.compatibility import check_ledger, digest_of_parts
 from dp_transcribe.transcriber.rehearsal import check_checkpoint_path
 from dp_transcribe.workers import is_chief
 
@@ -108,14 +109,20 @@ def arguments_from(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_state(owner: DPTranscriber, store: Any) -> None:
-    """Writes ledger, pool count, replay and the teacher's weights."""
+    """Writes ledger, pool count, replay and the teacher's weights.
+
+    Raises:
+        RuntimeError: the ledger is not that of the weights.
+    """
+    check_ledger(owner)
     store["ledger"] = _as_bytes(owner.ledger.to_json())
     state = {
         "pool_number": owner.budget.pool_number,
         "delta": owner.budget.delta,
         "accountant": owner.budget.accountant,
-        "mechanism": owner.mechanism.get_config(),
+        "mechanism": _config_of(owner.mechanism),
         "seed": owner.seed,
+        "weights": digest_of_parts(owner),
     }
     store["state"] = _as_bytes(json.dumps(state))
     for index, weight in enumerate(owner.teacher.get_weights()):
@@ -139,14 +146,27 @@ def check_state(store: Any) -> None:
             "it, in one piece; expected pieces. Load it with that version, or "
             "start anew."
         )
+    if "weights" not in json.loads(_as_text(store["state"])):
+        raise ValueError(
+            "The file does not say which weights its ledger is of; expected what this "
+            "version of the library wrote. Load it with the earlier one, or start anew."
+        )
 
 
 def read_state(owner: DPTranscriber, store: Any) -> None:
-    """Reads what `write_state` wrote; the run before it is over."""
+    """Reads what `write_state` wrote; the run before it is over.
+
+    Raises:
+        ValueError: it is of another mechanism.
+    """
     state, budget = json.loads(_as_text(store["state"])), owner.budget
+    written, own = state["mechanism"]["kind"], type(owner.mechanism).__name__
+    if written != own:
+        expected = f"a file of a transcriber with {own}"
+        raise _validate.invalid("mechanism", written, expected)
     budget.resume(
         Ledger.from_json(_as_text(store["ledger"])),
-        type(owner.mechanism).from_config(state["mechanism"]),
+        _made_from(state["mechanism"]),
         pool_number=state["pool_number"],
     )
     budget.delta, budget.accountant = state["delta"], state["accountant"]
@@ -161,6 +181,8 @@ def read_state(owner: DPTranscriber, store: Any) -> None:
         )
         learner = cast(AnswerLearner, owner._run.make_learner())
         learner.set_replay(np.asarray(store["written"]), pieces)
+    # Keras loads the parts afterwards, and goes on with others if one fails.
+    owner._run.loaded_digest = state["weights"]
 
 
 def write_checkpoint(owner: DPTranscriber, path: str | os.PathLike[str]) -> None:

@@ -155,6 +155,76 @@ def test_a_replay_of_an_earlier_version_is_not_left_out_without_a_word(tmp_path)
     assert len(used.ledger) == 0
 
 
+def weak_and_strong(kind, **kwargs):
+    """Transcribers with a large epsilon, `kind`'s, and a small one."""
+    weak = tiny.transcriber(kind(), eager=False, **kwargs)
+    fit(weak, 3, target_epsilon=100.0)
+    strong = tiny.transcriber(NoisyAnswer(), eager=False)
+    fit(strong, 6, target_epsilon=1.0)
+    return weak, strong
+
+
+def assert_of_no_use(model, path):
+    """No statement, export, fit or file of it can be had."""
+    for use in (
+        model.privacy_statement,
+        model.privacy_statements,
+        lambda: dpt.export_student(model, path / "served"),
+        lambda: fit(model, 1, target_epsilon=200.0),
+        lambda: model.save_checkpoint(path / "again.keras"),
+    ):
+        with pytest.raises(RuntimeError, match="do not belong together"):
+            use()
+    assert not (path / "served" / "saved_model.pb").exists()
+    assert not (path / "again.keras").exists()
+
+
+def test_a_refused_file_leaves_no_student_under_another_ledger(tmp_path):
+    weak, strong = weak_and_strong(NormalizedGradient)
+    weak.save_checkpoint(tmp_path / "weak.keras")
+    strong.save_checkpoint(tmp_path / "strong.keras")
+    with pytest.raises(ValueError, match="a transcriber with NoisyAnswer"):
+        strong.load_weights(tmp_path / "weak.keras")
+    assert_of_no_use(strong, tmp_path)
+    strong.load_weights(tmp_path / "strong.keras")
+    assert strong.privacy_statement().epsilon <= 1.0
+    fit(strong, 1)
+
+
+def test_a_damaged_ledger_leaves_no_student_under_another(tmp_path):
+    weak, strong = weak_and_strong(NoisyAnswer)
+    path = tmp_path / "weak.weights.h5"
+    weak.save_weights(path)
+    with h5py.File(path, "r+") as file:
+        ledger = file["vars"]["ledger"][()]
+        del file["vars"]["ledger"]
+        file["vars"]["ledger"] = ledger[:-3]
+    with pytest.raises(ValueError):
+        strong.load_weights(path)
+    assert_of_no_use(strong, tmp_path)
+
+
+def test_a_ledger_is_not_taken_without_its_student(tmp_path):
+    weak, strong = weak_and_strong(NoisyAnswer, student=tiny.conv_model(1))
+    path = tmp_path / "strong.weights.h5"
+    strong.save_weights(path)
+    with pytest.raises(ValueError, match="skip_mismatch"):
+        weak.load_weights(path, skip_mismatch=True)
+    assert weak.privacy_statement().epsilon > 99.0
+    with pytest.raises(ValueError, match="could not be loaded"):
+        weak.load_weights(path)
+    assert_of_no_use(weak, tmp_path)
+
+
+def test_a_file_of_a_mechanism_with_the_same_settings_is_refused(tmp_path):
+    clipped = tiny.transcriber(ClippedGradient(), eager=False)
+    fit(clipped, 2, target_epsilon=3.0)
+    clipped.save_weights(tmp_path / "m.weights.h5")
+    other = tiny.transcriber(NormalizedGradient(), eager=False)
+    with pytest.raises(ValueError, match="with NormalizedGradient"):
+        other.load_weights(tmp_path / "m.weights.h5")
+
+
 @pytest.mark.parametrize("done", [1, 2, 3])
 def test_resuming_before_in_and_after_a_rest(done, tmp_path):
     def made():
