@@ -146,6 +146,13 @@ def instance_of(
     return value
 
 
+def optional_callable(name: str, value: Any) -> Any:
+    """Checks that a value can be called, or is None."""
+    if value is not None and not callable(value):
+        raise invalid(name, value, "None or a function")
+    return value
+
+
 def written_range(name: str, text: str | None) -> tuple[float, float]:
     """Checks a range of pixels as a flag has it, `low,high`; None is 0 to 1."""
     try:

@@ -60,7 +60,6 @@ from dp_transcribe.distillation import (
     images_of_model,
     kernel_for_domain,
 )
-from dp_transcribe.distillation.kept import RELEASED
 from dp_transcribe.generators import Mixture
 from dp_transcribe.generators.priors import default_prior
 from dp_transcribe.programs import EXIT_INTERRUPTED, parse_flags, refuse
@@ -226,13 +225,20 @@ def check_resumed(folder: Path) -> None:
     try:
         kept = json.loads((folder / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        expected = f"a folder with {RUN} and released.npz"
-        mend = "Without --resume a new run begins, which costs anew."
-        raise _validate.invalid("resume", str(folder), expected, mend) from error
+        raise nothing_kept(folder) from error
+    if not isinstance(kept, dict):
+        raise nothing_kept(folder)
     for name in OF_RELEASE[FLAGS.route]:
         if kept.get(name) != getattr(FLAGS, name):
             expected = f"{kept.get(name)!r}, as in the run that is resumed"
             raise _validate.invalid(name, getattr(FLAGS, name), expected)
+
+
+def nothing_kept(folder: Path) -> ValueError:
+    """Without a release there is nothing to go on with."""
+    expected = f"a folder with {RUN} and released.npz"
+    mend = "Without --resume a new run begins, which costs anew."
+    return _validate.invalid("resume", str(folder), expected, mend)
 
 
 def keep(folder: Path, released: LinearRelease | ClassMeans) -> None:
@@ -241,6 +247,26 @@ def keep(folder: Path, released: LinearRelease | ClassMeans) -> None:
     released.save(folder)
     names = OF_RELEASE[FLAGS.route]
     reporting.write_json(folder / RUN, {name: getattr(FLAGS, name) for name in names})
+
+
+def tell_what_is_kept(folder: Path, error: BaseException) -> None:
+    """Says what an error or an interruption leaves of what was paid for."""
+    goes_on = "What was paid for is kept: --resume goes on with it."
+    if FLAGS.resume:
+        if isinstance(error, (ValueError, OSError)):  # a refusal
+            return
+        text = goes_on
+    elif hasattr(error, "released"):
+        try:
+            keep(folder, error.released)
+            text = goes_on
+        except OSError as failure:
+            text = f"The budget is spent, and what it bought cannot be kept: {failure}"
+    elif isinstance(error, KeyboardInterrupt):
+        text = "Nothing was written."
+    else:
+        return
+    print(f"\n{text}", file=sys.stderr)
 
 
 def by_linear_model(
@@ -324,7 +350,6 @@ def by_dpkip(
             "Interrupted. The images as they are now are the result; a further run "
             "would cost anew."
         )
-    discard(folder, (RUN, RELEASED.arrays, RELEASED.statement))  # an older run's
     return model.distilled()
 
 
@@ -436,7 +461,11 @@ def run() -> dict[str, Any]:
     kernel = make_kernel(dataset)
     if FLAGS.resume:
         check_resumed(folder)
-    distilled = BY_ROUTE[FLAGS.route](dataset, kernel, folder, watch)
+    try:
+        distilled = BY_ROUTE[FLAGS.route](dataset, kernel, folder, watch)
+    except BaseException as error:
+        tell_what_is_kept(folder, error)
+        raise
     watch.lap("distillation")
     # An older run's would stand beside the new images if this one were interrupted.
     discard(folder, (REPORT, PICTURE))
@@ -503,12 +532,7 @@ def main(argv: list[str]) -> None:
     except (ValueError, OSError) as error:
         refuse(error)
     except KeyboardInterrupt as error:
-        message = str(error) or "Interrupted: nothing was released."
-        if hasattr(error, "released"):
-            message = (
-                "Interrupted. What was paid for is kept: --resume goes on with it."
-            )
-        print(f"\n{message}", file=sys.stderr)
+        print(f"\n{str(error) or 'Interrupted.'}", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     for name, value in report["accuracy"].items():
         _LOGGER.info("accuracy.%s: %.4f", name, value)

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from dp_transcribe._principal import principal_directions
-from dp_transcribe.distillation.kept import KeptRelease
+from dp_transcribe.distillation.kept import KeptRelease, probe_of
 from dp_transcribe.distillation.kernels import (
     InnerProductKernel,
     Kernel,
@@ -32,11 +32,13 @@ class ClassMeans(KeptRelease):
         means: float32 `[classes, directions]`, relative to the public images' mean and
             shrunk where noise outweighs how much public images vary.
         counts: float32 `[classes]`, noisy numbers of records.
+        probe: of the `PublicDirections`, see `KeptRelease`.
         statement: the guarantee of both and of all that is made of them.
     """
 
     means: np.ndarray
     counts: np.ndarray
+    probe: np.ndarray
     statement: PrivacyStatement
 
 
@@ -117,6 +119,7 @@ def release_class_means(
         RELATION,
         accountant,
     )
+    probe = probe_of(directions, images.shape[1:])
     releases = RecordSums(
         mechanism="ClassMeans",
         l2_norm=l2_norm,
@@ -150,7 +153,7 @@ def release_class_means(
         accountant=accountant,
         covered=("class means", "distilled data set"),
     )
-    return ClassMeans(means, counts, statement)
+    return ClassMeans(means, counts, probe, statement)
 
 
 @tf.function(reduce_retracing=True)

@@ -15,7 +15,11 @@ from dp_transcribe.distillation.provenance import remember_released
 from dp_transcribe.privacy.statement import PrivacyStatement
 
 _DISTILLED = StatedFile(
-    "distilled.npz", "statement.json", "distilled_sha256", "statement.txt"
+    "distilled.npz",
+    "statement.json",
+    "distilled_sha256",
+    "statement.txt",
+    takes_undigested=True,
 )
 _BYTES = 255
 

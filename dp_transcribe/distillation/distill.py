@@ -10,7 +10,7 @@ import numpy as np
 
 from dp_transcribe import _validate
 from dp_transcribe.distillation.dataset import DistilledDataset
-from dp_transcribe.distillation.kept import KeptRelease
+from dp_transcribe.distillation.kept import KeptRelease, probe_of
 from dp_transcribe.distillation.kernels import (
     InterceptKernel,
     Kernel,
@@ -81,22 +81,34 @@ class LinearRelease(KeptRelease):
     Attributes:
         weights: float32 `[features, classes]`.
         offset: float32 `[classes]`.
+        probe: of the kernel without the constant, see `KeptRelease`.
         statement: the guarantee of both and of all that is made of them.
     """
 
     weights: np.ndarray
     offset: np.ndarray
+    probe: np.ndarray
     statement: PrivacyStatement
 
     @classmethod
-    def of(cls, model: PrivateLinearModel, whitening: PublicWhitening) -> LinearRelease:
+    def of(
+        cls,
+        model: PrivateLinearModel,
+        whitening: PublicWhitening,
+        probe: np.ndarray,
+    ) -> LinearRelease:
         """What a model of whitened embeddings releases.
+
+        Args:
+            model: fitted.
+            whitening: of its embeddings.
+            probe: the `probe_of` their kernel.
 
         Raises:
             RuntimeError: the model was not fitted.
         """
         weights, offset = whitening.plain_weights(model)
-        return cls(weights, offset, model.privacy_statement())
+        return cls(weights, offset, probe, model.privacy_statement())
 
 
 def kernel_for_domain(
@@ -172,7 +184,7 @@ def distill(
     Raises:
         ValueError: an argument is out of range. Nothing was spent.
 
-        Whatever is raised after the fit, an interruption too, has an attribute
+        Whatever is raised while images are made, an interruption too, has an attribute
         `released`: the `LinearRelease`, of which `images_of_model` makes images at no
         further cost.
 
@@ -181,9 +193,11 @@ def distill(
     settings = settings or Distillation()
     mend = "Wrap it: `InterceptKernel(kernel)`, for `KernelRidgeClassifier` too."
     _validate.instance_of("kernel", kernel, InterceptKernel, mend)
+    _validate.optional_callable("on_release", on_release)
     check_support(kernel, source, settings.synthesis, num_classes=num_classes)
     public = draw_images(source, _EXAMPLES, seed or 0)
     check_images(images, public, settings.synthesis.pixel_range)
+    probe = probe_of(kernel.kernel, public.shape[1:])
     model, whitening = fit_linear_model(
         images,
         labels,
@@ -198,7 +212,7 @@ def distill(
         verbose=verbose,
     )
     _LOGGER.info("The linear model is fitted; nothing private is read any more.")
-    released = LinearRelease.of(model, whitening)
+    released = LinearRelease.of(model, whitening, probe)
     with handing_over(released):
         if on_release is not None:
             on_release(released)
@@ -236,17 +250,19 @@ def images_of_model(
         The distilled data set, with the statement of `released`.
 
     Raises:
-        ValueError: the model is one of other embeddings than the kernel's.
+        ValueError: the model is one of other embeddings than the kernel's, or public
+            pixels are out of range.
 
     **Privacy**: post-processing: reads no private record and costs nothing.
     """
     public_seed = _validate.optional_seed("seed", seed) or 0
-    width, classes = released.weights.shape
-    embedded = embed_in_batches(kernel.kernel, draw_images(source, 1, public_seed))
-    if embedded.shape[1] != width:
-        expected = f"a linear model of {embedded.shape[1]} embeddings"
-        mend = "Take the kernel and source that `distill` was given."
-        raise _validate.invalid("released", released.weights.shape, expected, mend)
+    settings = settings or Synthesis()
+    _validate.instance_of("released", released, LinearRelease)
+    _validate.instance_of("kernel", kernel, InterceptKernel)
+    _validate.instance_of("settings", settings, Synthesis)
+    public = draw_images(source, _EXAMPLES, public_seed)
+    check_images(public, public, settings.pixel_range)
+    released.check_kernel(kernel.kernel, public.shape[1:])
     images, labels = synthesize(
         kernel.weights(released.weights, released.offset),
         kernel,
@@ -258,7 +274,7 @@ def images_of_model(
     return DistilledDataset(
         images=images,
         labels=labels,
-        num_classes=classes,
+        num_classes=len(released.offset),
         statement=released.statement,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from dp_transcribe import _validate
 from dp_transcribe._files import digest_of, discard, replacing
+from dp_transcribe.distillation.kernels import Kernel, embed_in_batches
 from dp_transcribe.privacy.statement import (
     PrivacyStatement,
     split_digest,
@@ -28,12 +30,15 @@ class StatedFile:
         statement: ends in `.json`; names the SHA-256 of the file that it is of.
         digest: under what name.
         text: the statement in prose; None for none.
+        takes_undigested: whether a statement that names no file is read, too, as
+            earlier versions wrote it.
     """
 
     arrays: str
     statement: str
     digest: str
     text: str | None = None
+    takes_undigested: bool = False
 
     def write(
         self,
@@ -53,11 +58,12 @@ class StatedFile:
         """
         path = _validate.writable_dir("folder", folder)
         texts = [self.statement] if self.text is None else [self.statement, self.text]
-        # In this order a crash leaves arrays without a statement, never another's.
-        discard(path, texts)
         with replacing(path / self.arrays) as partial:
             np.savez_compressed(partial, **arrays)  # type: ignore[arg-type]
             digest = digest_of(partial.read_bytes())
+            # In this order a crash leaves arrays without a statement, never another's,
+            # and a full disk leaves what stood there.
+            discard(path, texts)
         if self.text is not None:
             (path / self.text).write_text(statement.to_text(), encoding="utf-8")
         stated = with_digest(statement, self.digest, digest)
@@ -82,13 +88,28 @@ class StatedFile:
         text = (path / self.statement).read_text(encoding="utf-8")
         content = (path / self.arrays).read_bytes()
         statement, digest = split_digest(PrivacyStatement.from_json(text), self.digest)
-        if digest not in (None, digest_of(content)):
+        undigested = digest is None and self.takes_undigested
+        if not undigested and digest != digest_of(content):
             mend = "One of them was overwritten: take those that were saved together."
             expected = f"a folder whose {self.statement} is of its {self.arrays}"
             raise _validate.invalid("folder", str(path), expected, mend)
         with np.load(io.BytesIO(content)) as arrays:
             return statement, dict(arrays)
 
+
+def probe_of(kernel: Kernel, image_shape: Sequence[int]) -> np.ndarray:
+    """The embedding of one public image, always the same: tells kernels apart.
+
+    Args:
+        kernel: embeds images.
+        image_shape: height, width and number of colours.
+    """
+    image = np.random.default_rng(0).random((1, *image_shape)).astype(np.float32)
+    return embed_in_batches(kernel, image)[0]
+
+
+# Relative differences of embeddings that are rounding's.
+_SAME = 0.02
 
 RELEASED = StatedFile("released.npz", "released.statement.json", "released_sha256")
 
@@ -98,10 +119,36 @@ class KeptRelease:
 
     A dataclass of arrays, and of the `statement` of all of them.
 
+    Attributes:
+        probe: float32 `[features]`, the `probe_of` the kernel that it is of: public.
+
     **Privacy**: as private as the statement says; so is what is made of it.
     """
 
+    probe: np.ndarray
     statement: PrivacyStatement
+
+    def check_kernel(self, kernel: Kernel, image_shape: Sequence[int]) -> None:
+        """Refuses a kernel of other embeddings, of which wrong images would be made.
+
+        Args:
+            kernel: embeds images as the released arrays want it.
+            image_shape: height, width and number of colours.
+
+        Raises:
+            ValueError: it embeds otherwise than the kernel of the release.
+        """
+        probe = probe_of(kernel, image_shape)
+        if probe.shape == self.probe.shape:
+            change = np.linalg.norm(probe - self.probe)
+            if change <= _SAME * np.linalg.norm(self.probe):
+                return
+            received = "one of other embeddings"
+        else:
+            received = f"one of {len(self.probe)} features"
+        expected = f"a release of these {len(probe)} features"
+        mend = "Take the kernel, source, settings and seed that it was released with."
+        raise _validate.invalid("released", received, expected, mend)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes `released.npz` and `released.statement.json`.

@@ -354,7 +354,7 @@ class DPKIP(keras.Model):
             delta=self._delta,
             accountant=self.training_plan.accountant,
             covered=("distilled data set",),
-            steps=self.training_plan.steps,
+            planned_steps=self.training_plan.steps,
         )
 
     def _check_weights(self) -> None:

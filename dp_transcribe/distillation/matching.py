@@ -132,7 +132,7 @@ def distill_means(
     Raises:
         ValueError: an argument is out of range. Nothing was spent.
 
-        Whatever is raised after the release, an interruption too, has an attribute
+        Whatever is raised while images are made, an interruption too, has an attribute
         `released`: the noisy `ClassMeans`, of which `images_of_means` makes images at
         no further cost.
 
@@ -147,6 +147,7 @@ def distill_means(
     settings = settings or MeanMatching()
     public_seed = _validate.optional_seed("seed", seed) or 0
     _validate.num_classes("num_classes", num_classes)
+    _validate.optional_callable("on_release", on_release)
     labels = check_labels(labels, len(images), num_classes)
     public = draw_images(source, settings.candidates, public_seed)
     check_images(images, public, settings.pixel_range)
@@ -193,20 +194,20 @@ def images_of_means(
         The distilled data set, with the statement of `released`.
 
     Raises:
-        ValueError: the means are along another number of directions, or the images do
-            not fit into memory.
+        ValueError: the means are along other directions, public pixels are out of
+            range, or the images do not fit into memory.
 
     **Privacy**: post-processing: reads no private record and costs nothing.
     """
     settings = settings or MeanMatching()
     public_seed = _validate.optional_seed("seed", seed) or 0
+    _validate.instance_of("released", released, ClassMeans)
+    _validate.instance_of("settings", settings, MeanMatching)
     public = draw_images(source, settings.candidates, public_seed)
+    check_images(public, public, settings.pixel_range)
     _check_memory(public.shape[1:], len(released.means), settings)
     kernel, directions = _public_side(public, settings, public_seed)
-    if released.means.shape[1] != len(directions.variances):
-        expected = f"means along {len(directions.variances)} directions"
-        mend = "Take the settings, source and seed that they were released with."
-        raise _validate.invalid("released", released.means.shape, expected, mend)
+    released.check_kernel(directions, public.shape[1:])
     return _moved(released, public, kernel, directions, settings, seed, verbose)
 
 

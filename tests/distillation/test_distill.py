@@ -102,7 +102,7 @@ def other_release(distilled):
     return dataclasses.replace(distilled, images=images, statement=statement)
 
 
-@pytest.mark.parametrize("write", ["np.savez_compressed", "os.replace", "write_text"])
+@pytest.mark.parametrize("write", ["os.replace", "write_text"])
 def test_a_crash_leaves_no_images_beside_an_older_statement(
     distilled, tmp_path, monkeypatch, write
 ):
@@ -307,19 +307,76 @@ def test_what_is_released_is_kept_before_images_are_made_of_it(monkeypatch):
     kept.assert_called_once_with(failed.value.released)
 
 
-def test_a_release_of_other_embeddings_or_of_another_kind_is_refused(tmp_path):
-    statement = distil(*BARS.draw(300, seed=1))[0].statement
-    weights = np.zeros((7, 2), np.float32)
-    released = LinearRelease(weights, np.zeros(2, np.float32), statement)
-    with pytest.raises(ValueError, match=r"of 80 embeddings.*released=\(7, 2\)"):
-        images_of_model(released, INTERCEPT, BARS)
-    released.save(tmp_path)
+@pytest.fixture(scope="module")
+def release():
+    kept = []
+    distil(*BARS.draw(300, seed=1), on_release=kept.append)
+    return kept[0]
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        MirroredKernel(KERNEL),
+        ScatteringKernel((8, 8, 1), groups=5, scale=1, orientations=4),
+        ScatteringKernel((8, 8, 1), groups=1, scale=1, orientations=2),
+    ],
+)
+def test_a_release_of_another_kernel_is_refused(release, kernel):
+    with pytest.raises(ValueError, match="`released`.*Take the kernel"):
+        images_of_model(release, InterceptKernel(kernel), BARS)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"released": "folder"}, "released"),
+        ({"kernel": KERNEL}, "kernel"),
+        ({"settings": SETTINGS}, "settings"),
+        ({"settings": Synthesis(pixel_range=(0.4, 0.6))}, "pixel_range"),
+    ],
+)
+def test_images_of_what_does_not_fit_are_refused(release, change, name):
+    arguments = {"released": release, "kernel": INTERCEPT, "source": BARS, **change}
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        images_of_model(**arguments)
+
+
+def test_a_hook_that_cannot_be_called_is_refused_and_nothing_is_spent(monkeypatch):
+    spent = mock.Mock()
+    monkeypatch.setattr(RecordSums, "begin", spent)
+    with pytest.raises(ValueError, match="`on_release`"):
+        distil(*BARS.draw(300, seed=1), on_release="folder")
+    spent.assert_not_called()
+
+
+def test_a_kept_release_of_another_kind_or_overwritten_is_refused(release, tmp_path):
+    release.save(tmp_path)
     with pytest.raises(ValueError, match="a ClassMeans"):
         ClassMeans.load(tmp_path)
     content = (tmp_path / "released.npz").read_bytes()
     (tmp_path / "released.npz").write_bytes(content + b"\0")
     with pytest.raises(ValueError, match="was overwritten"):
         LinearRelease.load(tmp_path)
+    (tmp_path / "released.npz").write_bytes(content)
+    statement = release.statement.to_json()  # of no file
+    (tmp_path / "released.statement.json").write_text(statement)
+    with pytest.raises(ValueError, match="was overwritten"):
+        LinearRelease.load(tmp_path)
+
+
+def test_a_full_disk_leaves_what_was_kept(release, distilled, tmp_path, monkeypatch):
+    kept = (release, LinearRelease), (distilled, DistilledDataset)
+    for held, _ in kept:
+        held.save(tmp_path)
+    full = mock.Mock(side_effect=OSError("No space left on device"))
+    monkeypatch.setattr(np, "savez_compressed", full)
+    for held in (release, other_release(distilled)):
+        with pytest.raises(OSError, match="No space"):
+            held.save(tmp_path)
+    monkeypatch.undo()
+    for held, kind in kept:
+        assert kind.load(tmp_path).statement == held.statement
 
 
 def test_public_images_out_of_range_and_a_single_class_are_refused():

@@ -324,9 +324,15 @@ def test_images_are_made_of_kept_means_at_no_cost(records, monkeypatch, tmp_path
     np.testing.assert_array_equal(made.images, whole.images)
     np.testing.assert_array_equal(made.labels, whole.labels)
     assert made.statement == whole.statement
-    other = dataclasses.replace(SETTINGS, directions=SETTINGS.directions - 1)
-    with pytest.raises(ValueError, match="`released`.*were released with"):
-        images_of_means(kept, BARS, settings=other, seed=3)
+    for change in ({"directions": 39}, {"filters": 8}, {"networks": 3}):
+        other = dataclasses.replace(SETTINGS, **change)
+        with pytest.raises(ValueError, match="`released`.*that it was released with"):
+            images_of_means(kept, BARS, settings=other, seed=3)
+    with pytest.raises(ValueError, match="`released`"):
+        images_of_means(kept, BARS, settings=SETTINGS)
+    with pytest.raises(ValueError, match="`pixel_range`"):
+        narrow = dataclasses.replace(SETTINGS, pixel_range=(0.4, 0.6))
+        images_of_means(kept, BARS, settings=narrow, seed=3)
 
 
 def test_small_images_and_a_single_class_are_refused():

@@ -236,7 +236,13 @@ def test_a_release_of_other_flags_is_not_gone_on_with(
         run(example, *route, *FEW, *given, "--resume")
 
 
-def test_without_a_release_there_is_nothing_to_go_on_with(run, small):
+@pytest.mark.parametrize("content", [None, "[]", "{"])
+def test_without_a_release_there_is_nothing_to_go_on_with(
+    run, small, tmp_path, content
+):
+    if content is not None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "run.json").write_text(content)
     with pytest.raises(ValueError, match="`resume`.*run.json.*a new run"):
         run(example, *LINEAR, *FEW, "--resume")
 
@@ -259,10 +265,49 @@ def test_an_interrupted_run_goes_on_with_what_was_paid_for(
     assert again["statement"] == whole["statement"]
 
 
+def test_an_interrupted_save_is_made_up_for(configure, small, tmp_path, capsys):
+    configure(example, *LINEAR, *FEW)
+    saving = example.LinearRelease.save
+    broken = mock.Mock(side_effect=[KeyboardInterrupt, None])
+
+    def save(self, folder):
+        broken()
+        saving(self, folder)
+
+    with mock.patch.object(example.LinearRelease, "save", save):
+        with pytest.raises(SystemExit):
+            example.main(["distill"])
+    assert "--resume goes on" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == KEPT_FILES
+
+
+def test_what_cannot_be_kept_is_told(configure, small, monkeypatch, capsys):
+    configure(example, *LINEAR, *FEW)
+    full = mock.Mock(side_effect=OSError("No space left on device"))
+    monkeypatch.setattr(example.LinearRelease, "save", full)
+    with pytest.raises(SystemExit) as stopped:
+        example.main(["distill"])
+    assert stopped.value.code == EXIT_REFUSED
+    assert "budget is spent" in capsys.readouterr().err
+
+
+def test_an_interrupted_resumption_says_that_the_release_is_there(
+    configure, run, small, monkeypatch, tmp_path, capsys
+):
+    run(example, *LINEAR, *FEW)
+    configure(example, *LINEAR, *FEW, "--resume")
+    make = mock.Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr(example, "images_of_model", make)
+    with pytest.raises(SystemExit) as stopped:
+        example.main(["distill"])
+    assert stopped.value.code == EXIT_INTERRUPTED
+    assert "--resume goes on" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("fails", "message", "left"),
     [
-        ("private_features", "nothing was released", set()),
+        ("private_features", "Nothing was written", set()),
         ("measure", "images are written", IMAGE_FILES - {"report.json"}),
     ],
 )
@@ -281,7 +326,7 @@ def test_an_interruption_is_told_and_says_what_there_is(
 def test_an_interrupted_dpkip_gives_the_images_so_far(run, monkeypatch, tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
-    (folder / "released.npz").write_text("of another route")
+    (folder / "released.npz").write_text("of another route")  # paid for
     steps = example.DPKIP.train_step
     count = mock.Mock(side_effect=[None, None, KeyboardInterrupt])
 
@@ -291,7 +336,7 @@ def test_an_interrupted_dpkip_gives_the_images_so_far(run, monkeypatch, tmp_path
 
     monkeypatch.setattr(example.DPKIP, "train_step", step)
     report = run(example, *DPKIP, *FEW, "--steps=40")
-    assert {path.name for path in folder.iterdir()} == IMAGE_FILES
+    assert {path.name for path in folder.iterdir()} == IMAGE_FILES | {"released.npz"}
     assert 0.0 < report["statement"]["epsilon"] < 0.9
     assert len(DistilledDataset.load(folder)) == 4
 
